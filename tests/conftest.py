@@ -1,0 +1,59 @@
+"""Shared by all tests: no network, no GPU needed, the same random numbers every time."""
+
+import logging
+import os
+from pathlib import Path
+
+# Before anything imports huggingface_hub, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+# Triton decides when it is imported whether kernels are compiled or interpreted; one test process holds tests of all kinds.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from vllm.logger import init_logger
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in marked:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _log_reaches_caplog():
+    """Our loggers do not propagate to the root logger, where pytest's caplog listens."""
+    init_logger("vllm.tests")
+    logger = logging.getLogger("vllm")
+    before, logger.propagate = logger.propagate, True
+    yield
+    logger.propagate = before
+
+
+@pytest.fixture
+def seed() -> int:
+    """Seeds Python, numpy and torch, and returns the seed."""
+    import random
+
+    import numpy
+
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """A checkpoint of a few megabytes with every layer type of the real ones."""
+    path = ROOT / "vllm" / "assets" / "tiny-qwen3_5-moe"
+    if not (path / "config.json").is_file():
+        pytest.skip(f"no checkpoint at {path.relative_to(ROOT)}")
+    return path

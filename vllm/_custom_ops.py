@@ -1,0 +1,63 @@
+"""The one door to csrc/: loads vllm_c.so, the library that setup.py builds, and gives each of its ops a Python name.
+
+Every op has another form elsewhere (Triton or plain PyTorch), so a missing library is no error. A layer asks `available(device)`
+once, when it is built, and keeps the answer; the functions below assume it was yes.
+"""
+
+import functools
+from pathlib import Path
+
+import torch
+
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
+
+_LIBRARY = Path(__file__).with_name("vllm_c.so")
+_REBUILD = (
+    "run `pip install --no-build-isolation -e .` in the source folder, with nvcc and a CUDA build of torch installed"
+)
+
+
+@functools.cache
+def _load(library: Path) -> str | None:
+    """Loads the library, once. Returns why that failed, or None."""
+    if not library.is_file():
+        return f"{library.name} was not built"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library.name} does not fit this torch ({torch.__version__}): {error}"
+    # For torch.compile: the ops write into their arguments and return nothing.
+    torch.library.register_fake("vllm_c::rms_norm", lambda out, x, weight, eps, plus_one: None)
+    torch.library.register_fake("vllm_c::fused_add_rms_norm", lambda x, residual, weight, eps, plus_one: None)
+    return None
+
+
+def available(device: torch.device | str = "cuda") -> bool:
+    """Whether the ops below can be used on this device. Says once, where a CUDA device has to do without them, what that costs."""
+    if torch.device(device).type != "cuda":
+        return False
+    reason = _load(_LIBRARY)
+    if reason is not None:
+        logger.info_once(
+            "CUDA kernels of csrc/ are not in use: %s. Residual add and RMSNorm run as other, slower kernels; to build them, %s.",
+            reason,
+            _REBUILD,
+        )
+    return reason is None
+
+
+def rms_norm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool = False) -> None:
+    """out = x / rms(x) * weight over the last dimension, or * (1 + weight) with plus_one; fp32 inside.
+
+    out is contiguous and may be x itself; x may be a view of up to three dimensions (q heads inside qkv).
+    """
+    torch.ops.vllm_c.rms_norm(out, x, weight, eps, plus_one)
+
+
+def fused_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool = False
+) -> None:
+    """In place: residual += x, rounded to its dtype; then x = rms_norm(residual)."""
+    torch.ops.vllm_c.fused_add_rms_norm(x, residual, weight, eps, plus_one)
