@@ -1,0 +1,1 @@
+"""From flags and keyword arguments to the engine's configuration."""

@@ -1,0 +1,1 @@
+"""Where requests come in: the offline API, the command line, HTTP."""
