@@ -1,0 +1,1 @@
+"""Gated delta rule operators; the public names are in ``vllm.model_executor.layers.fla.ops``."""

@@ -1,0 +1,34 @@
+"""What the kernels' launchers need to know about the device, and the pieces of Triton code they share."""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+# Triton's interpreter keeps bfloat16 as raw 16-bit integers and would multiply those in tl.dot.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 1 for other devices, where the interpreter runs programs one by one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@triton.jit
+def dot(a, b):
+    """``a @ b`` accumulated in float32; float32 operands in three tf32 products, which keeps about 21 bits on the tensor cores.
+
+    Exact float32 products would run outside the tensor cores: measured, ten times the compile time and kilobytes of spilled registers.
+    """
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def softplus(x, beta, threshold):
+    """``log(1 + exp(beta * x)) / beta``, and x itself where ``beta * x`` exceeds the threshold."""
+    y = beta * x
+    return tl.where(y > threshold, x, tl.log(1.0 + tl.exp(tl.minimum(y, threshold))) / beta)
