@@ -1,0 +1,143 @@
+"""Experts: three ways to compute them against a formula that loops over tokens."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vllm.distributed import parallel_state
+from vllm.distributed.parallel_state import TensorParallelGroup, use_group
+from vllm.model_executor.layers.fused_moe import FusedMoE, experts, topk_softmax
+from vllm.model_executor.layers.fused_moe.experts import ExpertsPlan, plan_experts
+
+E, D, I, K = 8, 32, 16, 3
+
+
+@pytest.fixture
+def stacks(seed):
+    return torch.randn(E, 2 * I, D) * 0.2, torch.randn(E, D, I) * 0.2
+
+
+def choices(T, seed=0, only=None):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(T, E, generator=generator)
+    if only is not None:
+        scores[:, [e for e in range(E) if e not in only]] -= 1
+    return torch.randn(T, D, generator=generator), scores.topk(K).indices
+
+
+def formula(x, chosen, w13, w2):
+    rows = []
+    for t in range(x.shape[0]):
+        for e in chosen[t].tolist():
+            gate, up = w13[e, :I] @ x[t], w13[e, I:] @ x[t]
+            rows.append(w2[e] @ (gate * gate.sigmoid() * up))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 33, 200])
+@pytest.mark.parametrize("only", [None, (0, 3, 7)])
+@pytest.mark.parametrize("way", ["loop", "grouped", "blocks 1", "blocks 2", "blocks 16"])
+def test_every_way_is_the_formula(stacks, T, only, way):
+    w13, w2 = stacks
+    x, chosen = choices(T, only=only)
+    if way == "loop":
+        got = experts.experts_loop(x, chosen, lambda e: w13[e], lambda e: w2[e])
+    elif way == "grouped":
+        got = experts.experts_grouped(x, chosen, E, lambda: w13, lambda: w2)
+    else:
+        block = int(way.split()[1])
+        got = experts.experts_blocks(x, chosen, E, block, lambda e: w13[e], lambda e: w2[e], w13[0].numel())
+    torch.testing.assert_close(got, formula(x, chosen, w13, w2), atol=1e-5, rtol=1e-4)
+
+
+def test_blocks_in_pieces(stacks, monkeypatch):
+    w13, w2 = stacks
+    x, chosen = choices(40)
+    sizes = []
+    monkeypatch.setattr(experts, "MAX_BYTES", 3 * w13[0].numel() * 4)
+
+    def select(e):
+        sizes.append(len(e))
+        return w13[e]
+
+    got = experts.experts_blocks(x, chosen, E, 4, select, lambda e: w2[e], w13[0].numel())
+    assert max(sizes) == 3 and sum(sizes) == 120 // 4 + E
+    torch.testing.assert_close(got, formula(x, chosen, w13, w2), atol=1e-5, rtol=1e-4)
+
+
+def test_router(seed):
+    logits = torch.randn(4, E)
+    weights, chosen = topk_softmax(logits, K)
+    probabilities = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    for t in range(4):
+        best = sorted(range(E), key=lambda e: -probabilities[t, e])[:K]
+        assert chosen[t].tolist() == best
+        torch.testing.assert_close(weights[t], probabilities[t, best] / probabilities[t, best].sum())
+    plain, _ = topk_softmax(logits, K, renormalise=False)
+    torch.testing.assert_close(plain, probabilities.gather(1, chosen))
+    assert topk_softmax(logits.bfloat16(), K)[0].dtype == torch.bfloat16
+
+
+def test_plan_is_a_pure_function_of_the_problem():
+    gpu = {"device": "cuda", "grouped_matmul": True, "dense_is_free": True}
+    assert plan_experts(8, 256, device="cpu", grouped_matmul=False, dense_is_free=True) == ExpertsPlan("loop")
+    assert plan_experts(8, 256, **gpu).way == plan_experts(60000, 256, **gpu).way == "grouped"
+    packed = {**gpu, "dense_is_free": False}
+    assert plan_experts(8, 256, **packed) == ExpertsPlan("blocks", 1)
+    assert plan_experts(4096, 256, **packed).way == "grouped"
+    old = {**gpu, "grouped_matmul": False}
+    assert plan_experts(256, 256, **old) == ExpertsPlan("blocks", 1)
+    assert plan_experts(257, 256, **old) == ExpertsPlan("blocks", 16)
+    assert plan_experts(256 * 40, 256, **old) == ExpertsPlan("blocks", 64)
+    assert plan_experts(256 * 4000, 256, **old) == ExpertsPlan("blocks", 128)
+
+
+def build(stacks, size=1, rank=0):
+    w13, w2 = stacks
+    tensors = {"m.gate_up_proj": w13, "m.down_proj": w2}
+    with use_group(TensorParallelGroup(rank, size)):
+        layer = FusedMoE(E, K, D, I, prefix="m")
+    for slot in layer.checkpoint_slots():
+        if slot.name in tensors:
+            slot.param[slot.region].copy_(slot.transform(tensors[slot.name]))
+    return layer
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_layer(stacks, size, monkeypatch):
+    monkeypatch.setattr(parallel_state, "_require_one", lambda operation: None)
+    x, logits = torch.randn(9, D), torch.randn(9, E)
+    weights, chosen = topk_softmax(logits, K)
+    want = (formula(x, chosen, *stacks).view(9, K, D) * weights[..., None]).sum(1)
+    got = sum(build(stacks, size, rank)(x, logits) for rank in range(size))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 5, 64, 700])
+@pytest.mark.parametrize("way", ["grouped", "blocks 1", "blocks 16", "auto"])
+def test_gpu(T, way):
+    generator = torch.Generator().manual_seed(0)
+    w13 = (torch.randn(16, 256, 128, generator=generator) * 0.1).bfloat16()
+    w2 = (torch.randn(16, 128, 128, generator=generator) * 0.1).bfloat16()
+    x = torch.randn(T, 128, generator=generator).bfloat16()
+    chosen = torch.rand(T, 16, generator=generator).topk(4).indices
+    want = experts.experts_loop(x.float(), chosen, lambda e: w13[e].float(), lambda e: w2[e].float())
+    w13, w2, x, chosen = (t.cuda() for t in (w13, w2, x, chosen))
+    grouped = experts.has_grouped_matmul(x.device, x.dtype, 128)
+    plan = plan_experts(4 * T, 16, device="cuda", grouped_matmul=grouped, dense_is_free=True)
+    if way != "auto":
+        plan = ExpertsPlan(way.split()[0], int(way.split()[1]) if " " in way else 0)
+    if plan.way == "grouped" and not grouped:
+        pytest.skip("no grouped kernel on this device")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        if plan.way == "grouped":
+            got = experts.experts_grouped(x, chosen, 16, lambda: w13, lambda: w2)
+        else:
+            got = experts.experts_blocks(x, chosen, 16, plan.block, lambda e: w13[e], lambda e: w2[e], w13[0].numel())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    scale = F.mse_loss(want, torch.zeros_like(want)).sqrt()
+    assert (got.float().cpu() - want).abs().max() < 0.05 * scale

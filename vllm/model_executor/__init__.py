@@ -1,0 +1,1 @@
+"""The network: models, layers, kernels, and the loader that fills them."""

@@ -1,0 +1,90 @@
+"""What every weight format implements.
+
+A scheme holds a matrix W [rows, columns] (a linear layer), or a stack of them [E, rows, columns] (experts), in parameters that it
+registers on the layer under a prefix: "" for a linear layer, "w13_" and "w2_" for experts. It says which checkpoint tensors fill
+them, may repack them once after loading, and multiplies with them or hands out dense copies.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vllm.model_executor.parameter import Slot, Source
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A checkpoint tensor as its file's header describes it."""
+
+    dtype: str  # safetensors' name: "BF16", "F8_E4M3", ...
+    shape: tuple[int, ...]
+
+
+class WeightScheme(ABC):
+    """One format, with what is constant over a module (bits, group size). Equal schemes can share one fused matrix."""
+
+    all_is_view = False
+    """Whether `all` costs nothing, so that there is no reason to `select`."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: dict[str, TensorInfo], columns: int) -> WeightScheme | None:
+        """The scheme of a checkpoint module that has these tensors (name after the module's -> header) and `columns` inputs.
+
+        None where this is another format. Raises ValueError for a variant of this format that cannot be read.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: dict[str, Any] | None, group: dict[str, Any] | None) -> WeightScheme | None:
+        """The scheme that `quantization_config` and one of its `config_groups` describe; None where it is another format."""
+
+    @abstractmethod
+    def create(
+        self, layer: nn.Module, prefix: str, stack: tuple[int, ...], rows: int, columns: int, dtype: torch.dtype
+    ) -> None:
+        """Register the parameters of a matrix [*stack, rows, columns] that computes in `dtype`."""
+
+    @abstractmethod
+    def slots(
+        self, layer: nn.Module, prefix: str, source: Source, columns: int, take: slice, stack: tuple[int, ...] = ()
+    ) -> Iterator[Slot]:
+        """Slots of one checkpoint module.
+
+        Args:
+            source: the module, and the rows it fills.
+            columns: input features of the checkpoint's matrix, all ranks together.
+            take: which of them this rank holds.
+            stack: index of the matrix in the stack.
+        """
+
+    @abstractmethod
+    def all(self, layer: nn.Module, prefix: str = "", rows: slice = slice(None)) -> torch.Tensor:
+        """Dense [*stack, rows, columns] in the layer's compute dtype."""
+
+    @abstractmethod
+    def select(self, layer: nn.Module, prefix: str, index: torch.Tensor | slice) -> torch.Tensor:
+        """Dense matrices [n, rows, columns] of the experts `index` ([n], or a run of n), without waiting for the device."""
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """x [..., columns] @ W[rows]ᵀ -> [..., rows]."""
+        return F.linear(x, self.all(layer, "", rows))
+
+    def process(self, layer: nn.Module, prefix: str = "") -> None:  # noqa: B027 (most formats have nothing to do)
+        """Called once when all parameters are filled: repack them for the kernels."""
+
+    @abstractmethod
+    def fill_dummy(self, layer: nn.Module, prefix: str, std: float, generator: torch.Generator) -> None:
+        """Random weights of roughly this standard deviation, made where the parameters are."""
+
+
+def take_rows(tensor: torch.Tensor, take: slice | torch.Tensor) -> torch.Tensor:
+    """Rows of a checkpoint tensor; a view where `take` is a slice."""
+    return tensor[take] if isinstance(take, slice) else tensor.index_select(0, take)
