@@ -1,0 +1,1 @@
+"""Decide who runs in the next step."""
