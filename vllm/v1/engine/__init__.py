@@ -1,0 +1,1 @@
+"""The way from a prompt to text: tokenise, run the core, detokenise."""
