@@ -1,0 +1,1 @@
+"""Benchmarks and the accuracy tasks that `vllm bench` runs."""
