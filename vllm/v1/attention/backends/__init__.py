@@ -1,0 +1,1 @@
+"""Builders of the metadata that stateful layers read from the forward context."""

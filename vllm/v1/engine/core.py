@@ -1,0 +1,66 @@
+"""The engine's inner loop: schedule, execute, learn the results."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.messages import EngineCoreInfo, EngineCoreOutput, EngineCoreRequest, SchedulerStats
+from vllm.v1.request import Request
+from vllm.v1.worker.gpu_worker import Worker
+
+
+class EngineCore:
+    """Owns the scheduler and the worker; knows tokens, not text.
+
+    Args:
+        config: validated configuration. Building the engine loads the model and allocates both pools.
+    """
+
+    def __init__(self, config: VllmConfig) -> None:
+        self.config = config
+        self.worker = Worker(config)
+        sizes = self.worker.initialise()
+        block_size = config.cache_config.block_size
+        self.info = EngineCoreInfo(num_blocks=sizes.num_blocks, block_size=block_size, num_slots=sizes.num_slots)
+        self.scheduler = Scheduler(
+            config.scheduler_config,
+            block_size=block_size,
+            num_blocks=sizes.num_blocks,
+            num_slots=sizes.num_slots,
+            max_model_len=config.model_config.max_model_len,
+            eos_token_ids=frozenset(config.model_config.hf_config.eos_token_ids),
+        )
+        self._num_step_tokens = 0
+
+    def check_fits(self, num_prompt_tokens: int) -> None:
+        """Raise ValueError when a prompt of this length could never be run, however idle the engine."""
+        self.info.check_fits(num_prompt_tokens)
+
+    def add_request(self, request: EngineCoreRequest) -> None:
+        """Queue a request that passes `check_fits`."""
+        self.scheduler.add_request(Request.from_engine_core_request(request))
+
+    def abort_requests(self, request_ids: list[str]) -> None:
+        """Drop requests wherever they are; unknown ids are ignored, since a request may just have finished."""
+        self.scheduler.abort_requests(request_ids)
+
+    def step(self) -> list[EngineCoreOutput]:
+        """Run one step; outputs of the sequences that got tokens or ended."""
+        scheduled = self.scheduler.schedule()
+        self._num_step_tokens = sum(scheduled.num_scheduled_tokens.values())
+        result = self.worker.execute(scheduled)
+        return self.scheduler.update_from_output(scheduled, result)
+
+    def take_stats(self) -> SchedulerStats:
+        """Where things stand, with the tokens of the last step if that has not been told yet."""
+        stats = self.scheduler.stats()
+        stats.num_step_tokens, self._num_step_tokens = self._num_step_tokens, 0
+        return stats
+
+    def check_idle(self) -> None:
+        """Raise if anything is lost. Called whenever there is nothing left to do."""
+        self.scheduler.assert_balanced()
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return self.scheduler.has_unfinished_requests
