@@ -23,7 +23,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 serve: $(VENV)/.run ## serve MODEL (default: the tiny one in the repository) at 127.0.0.1:8000; Ctrl-C stops it
-	$(BIN)/vllm serve $(MODEL)
+	$(BIN)/vllm serve $(MODEL) --reasoning-parser qwen3 --tool-call-parser qwen3_coder --enable-auto-tool-choice
 
 test: $(VENV)/.test lint ## everything that needs no GPU; this is what CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=15 -m "not gpu"

@@ -47,6 +47,12 @@ VARIABLES: dict[str, EnvVar] = {
         _flag, "1", "0 runs the engine of a server in a thread of the server's process instead of a process of its own."
     ),
     "VLLM_API_KEY": EnvVar(str, "", "Key that the server asks of requests to /v1 routes, where --api-key gives none."),
+    "VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE": EnvVar(
+        _flag, "1", "0 makes --gdn-decode auto mean unpacked: one kernel for each stage of a decode step."
+    ),
+    "VLLM_USE_LAYERNAME": EnvVar(
+        _flag, "1", "0 names layers by plain strings in custom ops, so that torch.compile makes a graph for each layer."
+    ),
     "VLLM_TARGET_DEVICE": EnvVar(
         _choice("auto", "cuda", "cpu"),
         "auto",

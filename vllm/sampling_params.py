@@ -77,7 +77,9 @@ class StructuredOutputsParams:
         given = [name for name, _, _ in _CONSTRAINTS if getattr(self, name) is not None]
         if len(given) != 1:
             names = ", ".join(name for name, _, _ in _CONSTRAINTS)
-            raise ValueError(f"structured_outputs must have exactly one of {names}; got {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"structured_outputs must have exactly one of {names}; got {' and '.join(given) or 'none'}"
+            )
         if self.choice is not None:
             self.choice = list(self.choice)
             if not self.choice or not all(isinstance(text, str) and text for text in self.choice):
@@ -86,7 +88,9 @@ class StructuredOutputsParams:
                 )
         for name in ("begin_after", "begin_at"):
             if getattr(self, name) is not None and not (isinstance(getattr(self, name), str) and getattr(self, name)):
-                raise ValueError(f"structured_outputs.{name} must be a text that is not empty; got {getattr(self, name)!r:.80}")
+                raise ValueError(
+                    f"structured_outputs.{name} must be a text that is not empty; got {getattr(self, name)!r:.80}"
+                )
 
     @property
     def kind(self) -> str:
@@ -215,9 +219,13 @@ class SamplingParams:
             try:
                 self.structured_outputs = StructuredOutputsParams(**self.structured_outputs)
             except TypeError:
-                raise ValueError(f"structured_outputs has a field that is not known: {self.structured_outputs!r:.80}") from None
+                raise ValueError(
+                    f"structured_outputs has a field that is not known: {self.structured_outputs!r:.80}"
+                ) from None
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
-            raise ValueError(f"structured_outputs must be a StructuredOutputsParams; got {self.structured_outputs!r:.80}")
+            raise ValueError(
+                f"structured_outputs must be a StructuredOutputsParams; got {self.structured_outputs!r:.80}"
+            )
         if self.extra_args is not None and not isinstance(self.extra_args, dict):
             raise ValueError(f"extra_args must be a dictionary; got {self.extra_args!r}")
 

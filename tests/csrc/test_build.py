@@ -1,5 +1,6 @@
 """csrc/ compiles and links here, with or without a GPU, and asks nothing of torch but its stable ABI."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -31,8 +32,10 @@ def library(tmp_path_factory) -> Path:
         f"-DTORCH_DIR={Path(torch.__file__).parent}",
         f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(f'{arch}-real' for arch in ARCHITECTURES)}",
     ]
+    # Some compilers are set up like this. With a private C++ runtime inside, the first error message ended the process.
+    environment = os.environ | {"LDFLAGS": "-static-libstdc++"}
     for command in (configure, ["cmake", "--build", str(build), "--parallel", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
     return build / "vllm_c.so"
 
@@ -60,6 +63,14 @@ def test_needs_only_the_stable_abi(library):
     listing = subprocess.run(["nm", "-D", str(library)], capture_output=True, text=True, check=True).stdout
     assert "aoti_torch_library_init_fragment" in listing
     assert foreign_symbols(listing) == []
+
+
+def test_shares_the_cxx_runtime(library):
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is not on the PATH")
+    listing = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    assert {"libstdc++.so.6", "libtorch_cpu.so"} <= set(re.findall(r"NEEDED.*\[(.+)\]", listing))
+    assert not re.search(r"RPATH|RUNPATH", listing)  # torch is loaded first, wherever it is
 
 
 def test_a_foreign_symbol_is_seen():

@@ -16,7 +16,7 @@ WEB = {
 }
 # `from vllm import LLM` needs torch, but the tokenizer's and the hub's libraries (and the HTTP clients that these bring) only when a
 # model is loaded.
-LATER = {"transformers", "huggingface_hub", "tokenizers"}
+LATER = {"transformers", "huggingface_hub", "tokenizers", "xgrammar", "tvm_ffi"}
 
 
 def python(code: str) -> str:

@@ -12,6 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.metrics.reader import Metric
 
 
 class LLM:
@@ -38,6 +39,10 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """A fresh copy of what a request gets that names no parameters."""
         return self.llm_engine.input_processor.default_sampling_params()
+
+    def get_metrics(self) -> list[Metric]:
+        """What the engine has counted and timed since its start, as Counter, Gauge and Histogram of vllm.v1.metrics.reader."""
+        return self.llm_engine.metrics.snapshot()
 
     def generate(
         self,

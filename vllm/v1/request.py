@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.messages import EngineCoreRequest
+    from vllm.v1.structured_output.constraint import Constraint
 
 
 class RequestStatus(enum.Enum):
@@ -47,6 +48,7 @@ class Request:
     scheduled_time: float | None = None  # when it was first admitted
     has_output: bool = False  # the front end has heard of it at least once
     num_prompt_logprobs_delivered: int = 0
+    constraint: Constraint | None = None  # the form that its text must have, and how far it has come
 
     @classmethod
     def from_engine_core_request(cls, message: EngineCoreRequest) -> Request:

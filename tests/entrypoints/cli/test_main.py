@@ -40,7 +40,7 @@ def test_version(capsys):
     ("words", "code", "text"),
     [
         (["plna"], 2, "no command 'plna'; did you mean plan?"),
-        (["xyz"], 2, "there are: plan, chat"),
+        (["xyz"], 2, "there are: serve, plan, chat"),
         (["plan", "--enable-prefix-caching"], 2, "--enable-prefix-caching is not supported"),
         (["plan", "--max-modellen", "3"], 2, "did you mean --max-model-len?"),
         (["plan", "preset:none"], 2, "no preset 'none'"),

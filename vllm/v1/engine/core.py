@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.messages import EngineCoreInfo, EngineCoreOutput, EngineCoreRequest, SchedulerStats
+from vllm.v1.engine.vocabulary import load_vocabulary
 from vllm.v1.request import Request
+from vllm.v1.structured_output.manager import GrammarManager
 from vllm.v1.worker.gpu_worker import Worker
+
+SECONDS_FOR_GRAMMARS = 0.005
+"""How long a step that has nothing else to do waits for a grammar before it looks for new requests again."""
 
 
 class EngineCore:
@@ -30,6 +37,7 @@ class EngineCore:
             max_model_len=config.model_config.max_model_len,
             eos_token_ids=frozenset(config.model_config.hf_config.eos_token_ids),
         )
+        self.grammars = GrammarManager(partial(load_vocabulary, config), config.model_config.hf_config.text.vocab_size)
         self._num_step_tokens = 0
 
     def check_fits(self, num_prompt_tokens: int) -> None:
@@ -37,23 +45,37 @@ class EngineCore:
         self.info.check_fits(num_prompt_tokens)
 
     def add_request(self, request: EngineCoreRequest) -> None:
-        """Queue a request that passes `check_fits`."""
-        self.scheduler.add_request(Request.from_engine_core_request(request))
+        """Queue a request that passes `check_fits`. Where its text must have a form, it first waits for its grammar."""
+        if request.sampling_params.structured_outputs is None:
+            self.scheduler.add_request(Request.from_engine_core_request(request))
+        else:
+            self.grammars.submit(Request.from_engine_core_request(request))
 
     def abort_requests(self, request_ids: list[str]) -> None:
         """Drop requests wherever they are; unknown ids are ignored, since a request may just have finished."""
+        self.grammars.abort(request_ids)
         self.scheduler.abort_requests(request_ids)
 
     def step(self) -> list[EngineCoreOutput]:
         """Run one step; outputs of the sequences that got tokens or ended."""
+        refused = self._admit_constrained() if self.grammars.num_waiting else []
         scheduled = self.scheduler.schedule()
         self._num_step_tokens = sum(scheduled.num_scheduled_tokens.values())
-        result = self.worker.execute(scheduled)
-        return self.scheduler.update_from_output(scheduled, result)
+        result = self.worker.execute(scheduled, partial(self.grammars.masks, scheduled.num_scheduled_tokens))
+        return refused + self.scheduler.update_from_output(scheduled, result)
+
+    def _admit_constrained(self) -> list[EngineCoreOutput]:
+        """Queue the requests whose grammars are compiled by now; the ends of those whose grammars cannot be."""
+        idle = not self.scheduler.has_unfinished_requests
+        ready, failed = self.grammars.take_ready(timeout=SECONDS_FOR_GRAMMARS if idle else 0.0)
+        for request in ready:
+            self.scheduler.add_request(request)
+        return [EngineCoreOutput(request.request_id, [], finish_reason="abort") for request in failed]
 
     def take_stats(self) -> SchedulerStats:
         """Where things stand, with the tokens of the last step if that has not been told yet."""
         stats = self.scheduler.stats()
+        stats.num_waiting += self.grammars.num_waiting
         stats.num_step_tokens, self._num_step_tokens = self._num_step_tokens, 0
         return stats
 
@@ -63,4 +85,4 @@ class EngineCore:
 
     @property
     def has_unfinished_requests(self) -> bool:
-        return self.scheduler.has_unfinished_requests
+        return self.scheduler.has_unfinished_requests or self.grammars.num_waiting > 0

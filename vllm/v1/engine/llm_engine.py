@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -11,6 +12,9 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.tokenizer import load_tokenizer
+from vllm.v1.engine.vocabulary import load_vocabulary
+from vllm.v1.metrics.engine_metrics import EngineMetrics
+from vllm.v1.structured_output.checker import GrammarChecker
 
 
 class LLMEngine:
@@ -27,8 +31,11 @@ class LLMEngine:
         self.config = config
         self.tokenizer = load_tokenizer(config)
         self.input_processor = InputProcessor(config, self.tokenizer)
+        self.grammar_checker = GrammarChecker(partial(load_vocabulary, config, self.tokenizer))
         self.core = EngineCore(config)
-        self.output_processor = OutputProcessor(self.tokenizer)
+        self.metrics = EngineMetrics(config)
+        self.metrics.engine_is_ready(self.core.info)
+        self.output_processor = OutputProcessor(self.tokenizer, self.metrics)
 
     def add_request(
         self, request_id: str, prompt: Any, sampling_params: SamplingParams | None = None, priority: int = 0
@@ -44,6 +51,8 @@ class LLMEngine:
         Raises:
             ValueError: the prompt or a parameter is impossible. Nothing has been queued then.
         """
+        if sampling_params is not None and sampling_params.structured_outputs is not None:
+            self.grammar_checker.check(sampling_params.structured_outputs)
         request = self.input_processor.process(request_id, prompt, sampling_params, priority)
         self.core.check_fits(len(request.prompt_token_ids))
         self.output_processor.add_request(request)
@@ -55,11 +64,13 @@ class LLMEngine:
         outputs, stopped = self.output_processor.process(self.core.step())
         if stopped:
             self.core.abort_requests(stopped)
+        self.metrics.step(self.core.take_stats(), self.output_processor.num_unfinished_sequences)
         return outputs
 
     def abort_requests(self, request_ids: list[str]) -> None:
         """Drop requests and everything they hold; unknown ids are ignored."""
         self.core.abort_requests(self.output_processor.abort(request_ids))
+        self.metrics.queue_length(self.output_processor.num_unfinished_sequences)
 
     @property
     def has_unfinished_requests(self) -> bool:

@@ -1,7 +1,7 @@
 """From logits to the next tokens.
 
 Raw logits give the log-probabilities that are reported. For the choice they pass, in this order: allowed_token_ids, bad_words,
-logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p, draw. Greedy rows take the largest after the penalties.
+logit_bias, min_tokens, penalties, structured_outputs, temperature, min_p, top_k, top_p, draw. Greedy rows take the largest after the penalties.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vllm.v1.sample.logprobs import LogprobsTensors, token_logprobs, unpack_logp
 from vllm.v1.sample.penalties import apply_penalties
 from vllm.v1.sample.rng import gumbel_noise, row_keys
 from vllm.v1.sample.state import SamplingPlan, SamplingState
+from vllm.v1.sample.token_masks import DeviceMasks
 
 _PIECE = 1 << 24  # logits in work at once: bounds the temporaries, whatever the batch and the vocabulary
 
@@ -54,32 +55,37 @@ def unpack(packed: torch.Tensor, num_logprobs: Sequence[int | None]) -> tuple[li
 class Sampler:
     """Stateless: everything about a sequence is in `SamplingState`."""
 
-    def __call__(self, logits: torch.Tensor, state: SamplingState, rows: torch.Tensor) -> SamplerOutput:
+    def __call__(
+        self, logits: torch.Tensor, state: SamplingState, rows: torch.Tensor, masks: DeviceMasks | None = None
+    ) -> SamplerOutput:
         """Choose one token a row. Does not wait for the device.
 
         Args:
             logits: [S, V], any floating dtype; left as they are.
             state: of the running sequences.
             rows: [S] int64 on the device, the state's row of each.
+            masks: of those of the S rows whose text must have a form.
         """
         plan = state.plan
-        if not (plan.draws or plan.edits):
+        if not (plan.draws or plan.edits or masks):
             token_ids = logits.argmax(dim=-1)
         else:
             step = max(1, _PIECE // logits.shape[1])
-            pieces = [
-                _choose(
-                    logits[start : start + step].to(torch.float32, copy=True), state, rows[start : start + step], plan
-                )
-                for start in range(0, max(1, logits.shape[0]), step)
-            ]
+            pieces = []
+            for start in range(0, max(1, logits.shape[0]), step):
+                part = logits[start : start + step]
+                allowed = None if masks is None else masks.part(start, start + step)
+                pieces.append(_choose(part, state, rows[start : start + step], plan, allowed))
             token_ids = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         logprobs = None if plan.num_logprobs is None else token_logprobs(logits, token_ids, plan.num_logprobs)
         return SamplerOutput(token_ids, logprobs)
 
 
-def _choose(logits: torch.Tensor, state: SamplingState, rows: torch.Tensor, plan: SamplingPlan) -> torch.Tensor:
-    """logits [s, V] float32, overwritten; rows [s] int64 -> [s] int64."""
+def _choose(
+    raw: torch.Tensor, state: SamplingState, rows: torch.Tensor, plan: SamplingPlan, masks: DeviceMasks | None
+) -> torch.Tensor:
+    """raw [s, V], any floating dtype; rows [s] int64 -> [s] int64."""
+    logits = raw.to(torch.float32, copy=True)
     if plan.allow_lists:
         state.allow_lists.apply(logits, rows)
     if plan.bad_words:
@@ -91,6 +97,8 @@ def _choose(logits: torch.Tensor, state: SamplingState, rows: torch.Tensor, plan
     if plan.penalties:
         strengths = (state.repetition, state.frequency, state.presence)
         logits = apply_penalties(logits, state.penalties.marks(rows), *(value[rows, None] for value in strengths))
+    if masks is not None:
+        masks.apply(logits, raw)
     if not plan.draws:
         return logits.argmax(dim=-1)
 

@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.memory_plan import MemoryPlanError, PoolSizes, format_bytes, plan_pools, weight_bytes
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.worker.model_runner import ModelRunner
+from vllm.v1.worker.model_runner import MakeMasks, ModelRunner
 
 logger = init_logger(__name__)
 
@@ -53,9 +53,9 @@ class Worker:
         logger.info("KV pages:  %s in %d pages, %d tokens", format_bytes(sizes.kv_bytes), sizes.num_blocks, tokens)
         return sizes
 
-    def execute(self, scheduled: SchedulerOutput) -> ModelRunnerOutput:
-        """Run one scheduled step."""
-        return self.runner.execute(scheduled)
+    def execute(self, scheduled: SchedulerOutput, make_masks: MakeMasks | None = None) -> ModelRunnerOutput:
+        """Run one scheduled step, in which `make_masks` says what the constrained sequences may go on with."""
+        return self.runner.execute(scheduled, make_masks)
 
     def _plan(self, budget: int, **limits: int | None) -> PoolSizes:
         """Sizes of both pools for the engine's limits, or for others in their place."""

@@ -5,6 +5,8 @@ Nothing between the input copy and the copy of the sampled tokens waits for the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -17,8 +19,12 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.sample.logprobs import prompt_logprobs
 from vllm.v1.sample.sampler import Sampler
+from vllm.v1.sample.token_masks import DeviceMasks
+from vllm.v1.structured_output.masks import TokenMasks
 from vllm.v1.worker.caches import bind_caches, unbind_caches
 from vllm.v1.worker.input_batch import InputBatch, StepInputs
+
+MakeMasks = Callable[[], TokenMasks | None]
 
 
 class ModelRunner:
@@ -50,8 +56,11 @@ class ModelRunner:
         del self.batch
 
     @torch.inference_mode()
-    def execute(self, scheduled: SchedulerOutput) -> ModelRunnerOutput:
+    def execute(self, scheduled: SchedulerOutput, make_masks: MakeMasks | None = None) -> ModelRunnerOutput:
         """Compute the scheduled tokens; sample where a sequence's known tokens end.
+
+        Args:
+            make_masks: gives the masks of constrained sequences. It is called while the device computes.
 
         Returns the sampled tokens and the log-probabilities asked for, by request id.
         """
@@ -61,7 +70,7 @@ class ModelRunner:
         step = self.batch.build_step(scheduled)
         hidden = self._forward(step)  # [T, D]
         output = ModelRunnerOutput()
-        self._sample(step, hidden, output)
+        self._sample(step, hidden, output, None if make_masks is None else make_masks())
         self._score_prompts(step, hidden, output)
         self.batch.advance(step)
         return output
@@ -75,7 +84,9 @@ class ModelRunner:
         with set_forward_context(context):
             return self.model(step.input_ids, step.positions)
 
-    def _sample(self, step: StepInputs, hidden: torch.Tensor, output: ModelRunnerOutput) -> None:
+    def _sample(
+        self, step: StepInputs, hidden: torch.Tensor, output: ModelRunnerOutput, masks: TokenMasks | None
+    ) -> None:
         """Draw the next token of every sequence whose last known token is in this step."""
         ready = [i for i, s in enumerate(step.sequences) if step.seq_lens_cpu[i] == len(s.token_ids)]
         if not ready:
@@ -86,7 +97,11 @@ class ModelRunner:
             rows, last = rows[index], last[index]
         logits = self.model.compute_logits(hidden[last])  # [R, vocab]
         state = self.batch.sampling
-        sampled = self.sampler(logits, state, rows)
+        allowed = None
+        if masks is not None:
+            place = {step.request_ids[i]: place for place, i in enumerate(ready)}
+            allowed = DeviceMasks(masks.words, [place[request_id] for request_id in masks.request_ids], self.device)
+        sampled = self.sampler(logits, state, rows, allowed)
         self.batch.last_token[rows] = sampled.token_ids
         state.append(rows, sampled.token_ids)
 

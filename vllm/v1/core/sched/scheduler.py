@@ -22,6 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 if TYPE_CHECKING:
     from vllm.config.scheduler import SchedulerConfig
     from vllm.v1.outputs import ModelRunnerOutput, TokenLogprobs
+    from vllm.v1.structured_output.constraint import Constraint
 
 
 @dataclass(slots=True)
@@ -275,6 +276,8 @@ class Scheduler:
         for num_taken, token_id in enumerate(token_ids, 1):
             request.output_token_ids.append(token_id)
             status = self._status_after(request, token_id)
+            if request.constraint is not None:
+                status = _status_under_constraint(request.constraint, token_id, status)
             if status is not RequestStatus.RUNNING:
                 self._finish(request, status)
                 return token_ids[:num_taken]
@@ -334,3 +337,10 @@ class Scheduler:
         )
         request.has_output = True
         return output
+
+
+def _status_under_constraint(constraint: Constraint, token_id: int, status: RequestStatus) -> RequestStatus:
+    """A text that is complete has ended, also with ignore_eos or before min_tokens; one that cannot go on is aborted."""
+    if not constraint.accept(token_id):
+        return RequestStatus.FINISHED_ABORTED
+    return RequestStatus.FINISHED_STOPPED if constraint.is_done else status

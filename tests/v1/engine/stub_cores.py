@@ -1,0 +1,91 @@
+"""Engine cores that misbehave, each in one way. They are imported by the engine's process, so they live in a module."""
+
+import os
+import signal
+import sys
+import time
+
+from vllm.benchmarks.stub_core import StubCore
+from vllm.v1.engine.messages import EngineCoreInfo
+
+
+class RefusingCore(StubCore):
+    """The user asked for something impossible."""
+
+    def __init__(self, config):
+        raise ValueError("--max-model-len 5 is odd; use 6")
+
+
+class FilelessCore(StubCore):
+    def __init__(self, config):
+        raise FileNotFoundError("no weights in /nowhere")
+
+
+class BrokenCore(StubCore):
+    def __init__(self, config):
+        raise RuntimeError("the device is\nnot there")
+
+
+class LeavingCore(StubCore):
+    def __init__(self, config):
+        os._exit(7)
+
+
+class KilledCore(StubCore):
+    def __init__(self, config):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class PacedCore(StubCore):
+    seconds_a_step = 0.01
+
+
+class FailingCore(PacedCore):
+    """The third step of any request goes wrong."""
+
+    def step(self):
+        if any(count >= 2 for count in self._counts.values()):
+            raise ValueError("out of luck")
+        return super().step()
+
+
+class StuckCore(StubCore):
+    """A step that never ends."""
+
+    def step(self):
+        time.sleep(1000)
+
+
+class LosingCore(StubCore):
+    """Something is lost when the engine falls idle."""
+
+    def check_idle(self):
+        if self.worked:
+            raise RuntimeError("1 page lost")
+
+    worked = False
+
+    def step(self):
+        self.worked = True
+        return super().step()
+
+
+class TinyPoolCore(PacedCore):
+    """Room for 32 tokens; and it drops requests that come with the token 13, as a core must not have to."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.info = EngineCoreInfo(num_blocks=3, block_size=16, num_slots=3)
+
+    def add_request(self, request):
+        if 13 in request.prompt_token_ids:
+            raise ValueError("13 is not welcome")
+        super().add_request(request)
+
+
+class TellingCore(StubCore):
+    """Says what surrounds it, in the one message that it may send before it runs."""
+
+    def __init__(self, config):
+        loaded = {name.partition(".")[0] for name in sys.modules}
+        raise ValueError(repr((os.getpid(), os.getcwd(), sys.path, os.readlink("/proc/self/fd/0"), sorted(loaded))))

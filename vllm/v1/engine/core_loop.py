@@ -1,0 +1,73 @@
+"""The busy loop of an engine that serves: steps while there is work, sleep while there is none, requests at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from vllm.logger import init_logger
+from vllm.v1.engine.messages import (
+    AddRequests,
+    Command,
+    EngineCoreInfo,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    SchedulerStats,
+)
+
+logger = init_logger(__name__)
+
+
+class Core(Protocol):
+    """What the loop needs of an engine core."""
+
+    info: EngineCoreInfo
+
+    def add_request(self, request: EngineCoreRequest) -> None: ...
+    def abort_requests(self, request_ids: list[str]) -> None: ...
+    def step(self) -> list[EngineCoreOutput]: ...
+    def take_stats(self) -> SchedulerStats: ...
+    def check_idle(self) -> None: ...
+    @property
+    def has_unfinished_requests(self) -> bool: ...
+
+
+def run_core_loop(
+    core: Core,
+    receive: Callable[[bool], Sequence[Command | None]],
+    send: Callable[[EngineCoreOutputs], None],
+) -> None:
+    """Run steps while there is work and wait for commands while there is none, until the command None.
+
+    Args:
+        receive: every command that has come since the last call; when called with True, it waits for the first of them.
+        send: hands the outputs of a step to the front end, and must not wait for it.
+    """
+    while True:
+        busy = core.has_unfinished_requests
+        if not busy:
+            core.check_idle()
+        commands = receive(not busy)
+        refused: list[EngineCoreOutput] = []
+        for command in commands:
+            if command is None:
+                return
+            if isinstance(command, AddRequests):
+                refused += _add(core, command.requests)
+            else:
+                core.abort_requests(command.request_ids)
+        outputs = core.step() if core.has_unfinished_requests else []
+        send(EngineCoreOutputs(refused + outputs, core.take_stats()))
+
+
+def _add(core: Core, requests: list[EngineCoreRequest]) -> list[EngineCoreOutput]:
+    """Queue requests. The front end has checked them; one that cannot be queued all the same costs nobody else anything."""
+    refused = []
+    for request in requests:
+        try:
+            core.add_request(request)
+        except ValueError as error:
+            logger.error("Request dropped: %s", error)
+            refused.append(EngineCoreOutput(request.request_id, [], finish_reason="abort"))
+    return refused
