@@ -15,7 +15,9 @@ def answers(llm: LLM, items: list[Item]) -> list[str]:
         )
         for item in items
     ]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=160), use_tqdm=False)
+    # A bare sum ends with its line; an answer in a chat ends itself.
+    params = [SamplingParams(temperature=0.0, max_tokens=160, stop=["\n"] if item.prompt else None) for item in items]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     return [output.outputs[0].text for output in outputs]
 
 

@@ -18,7 +18,7 @@ GATES = {
     "tool_loop": 0.90,
     "parallel": 0.90,
 }
-SAMPLES = {"add2": 500, "add3": 500}
+SAMPLES = {"add2": 500, "add3": 500, "tool": 100, "tool_loop": 100, "parallel": 50}
 
 
 @pytest.mark.parametrize("kind", GATES)

@@ -6,8 +6,8 @@ import json
 import time
 
 import pytest
-from tests.v1.structured_output.vocabularies import VOCABULARY, large_vocabulary
 
+from tests.v1.structured_output.vocabularies import VOCABULARY, large_vocabulary
 from vllm.sampling_params import StructuredOutputsParams as Params
 from vllm.v1.structured_output import checker as checker_module
 from vllm.v1.structured_output.checker import GrammarChecker

@@ -6,9 +6,9 @@ import random
 
 import jsonschema
 import pytest
-from tests.v1.structured_output.vocabularies import random_text
-from tests.v1.structured_output.vocabularies import grammars as make_grammars
 
+from tests.v1.structured_output.vocabularies import grammars as make_grammars
+from tests.v1.structured_output.vocabularies import random_text
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.structured_output.schema import DEEPEST, prepare_schema
 from vllm.v1.structured_output.spec import LONGEST, spec_of

@@ -5,9 +5,9 @@ import random
 
 import jsonschema
 import pytest
+
 from tests.v1.structured_output.vocabularies import grammars as make_grammars
 from tests.v1.structured_output.vocabularies import random_text
-
 from vllm.tool_parsers import ToolParserManager
 from vllm.v1.structured_output.tool_grammar import tool_call_constraint
 
@@ -74,7 +74,7 @@ def written(format_name: str, name: str, arguments: dict) -> str:
 def test_whatever_is_generated_is_calls(grammars, format_name):
     params = tool_call_constraint([FULL, PLAIN], "required", format_name)
     num_ended, names, most = 0, set(), 0
-    for seed in range(120):
+    for seed in range(60):
         text = random_text(grammars, params, random.Random(seed), longest=1500)
         if text is None:
             continue
@@ -86,7 +86,7 @@ def test_whatever_is_generated_is_calls(grammars, format_name):
             names.add(call.name)
             schema = PROMISED if call.name == "everything" else {"type": "object", "maxProperties": 0}
             jsonschema.Draft202012Validator(schema).validate(json.loads(call.arguments))
-    assert num_ended >= 30 and names == {"everything", "get.time-now"} and most > 1
+    assert num_ended >= 15 and names == {"everything", "get.time-now"} and most > 1
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
