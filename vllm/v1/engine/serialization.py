@@ -37,6 +37,8 @@ _stats_row = _row_of(SchedulerStats)
 _output_row = attrgetter(
     *("request_id", "new_token_ids", "finish_reason", "stop_reason", "num_cached_tokens", "scheduled_time")
 )
+_plain_row = attrgetter("finish_reason", "stop_reason", "num_cached_tokens", "scheduled_time")
+_PLAIN = (None, None, 0, None)
 _TEXT_FIELDS = ("stop", "bad_words")  # the front end's business; the core has bad_words_token_ids
 _PARAMS = [(f.name, f.default) for f in dataclasses.fields(SamplingParams) if f.name not in _TEXT_FIELDS]
 
@@ -52,7 +54,7 @@ def encode_outputs(message: EngineCoreOutputs) -> bytes:
                     list(map(_logprobs_row, output.new_prompt_logprobs)),
                 )
             )
-        elif output.finish_reason is None and output.scheduled_time is None:
+        elif _plain_row(output) == _PLAIN:
             rows.append((output.request_id, output.new_token_ids))  # nearly every output
         else:
             rows.append(_output_row(output))
