@@ -31,6 +31,7 @@ def _load(library: Path) -> str | None:
     # For torch.compile: the ops write into their arguments and return nothing.
     torch.library.register_fake("vllm_c::rms_norm", lambda out, x, weight, eps, plus_one: None)
     torch.library.register_fake("vllm_c::fused_add_rms_norm", lambda x, residual, weight, eps, plus_one: None)
+    torch.library.register_fake("vllm_c::gdn_decode", lambda *args, **kwargs: None)
     return None
 
 
@@ -41,7 +42,8 @@ def available(device: torch.device | str = "cuda") -> bool:
     reason = _load(_LIBRARY)
     if reason is not None:
         logger.info_once(
-            "CUDA kernels of csrc/ are not in use: %s. Residual add and RMSNorm run as other, slower kernels; to build them, %s.",
+            "CUDA kernels of csrc/ are not in use: %s. Residual add, RMSNorm and GDN decoding run as other, slower kernels; "
+            "to build them, %s.",
             reason,
             _REBUILD,
         )
@@ -61,3 +63,53 @@ def fused_add_rms_norm(
 ) -> None:
     """In place: residual += x, rounded to its dtype; then x = rms_norm(residual)."""
     torch.ops.vllm_c.fused_add_rms_norm(x, residual, weight, eps, plus_one)
+
+
+def gdn_decode(
+    out: torch.Tensor,
+    mixed_qkv: torch.Tensor,
+    z: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    conv_state: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    ssm_state: torch.Tensor,
+    state_indices: torch.Tensor,
+    scale: float,
+    silu: bool,
+    sigmoid_gate: bool,
+    l2norm: bool,
+    rows_a_block: int,
+    early: bool,
+) -> None:
+    """One GDN decode step between its projections; arguments as in fla/ops/fused_decode.py, sm_90 and newer.
+
+    rows_a_block (32 or 64): how heads are cut. early: fetch the states towards the chip before the kernel before has ended.
+    """
+    torch.ops.vllm_c.gdn_decode(
+        out,
+        mixed_qkv,
+        z,
+        a,
+        b,
+        conv_state,
+        conv_weight,
+        conv_bias,
+        A_log,
+        dt_bias,
+        norm_weight,
+        eps,
+        ssm_state,
+        state_indices,
+        scale,
+        silu,
+        sigmoid_gate,
+        l2norm,
+        rows_a_block,
+        early,
+    )

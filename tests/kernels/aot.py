@@ -33,6 +33,7 @@ from vllm.model_executor.layers.fla.ops import (
     packed_decode,
 )
 from vllm.model_executor.layers.mamba.ops import causal_conv1d, causal_conv1d_update
+from vllm.model_executor.layers.ops import skinny_gemm
 
 TYPES = {
     torch.float32: "*fp32",
@@ -43,7 +44,7 @@ TYPES = {
     torch.uint8: "*u8",
     torch.bool: "*i1",
 }
-OPTIONS = ("num_warps", "num_stages", "num_ctas")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_pdl")
 Recorded = tuple[JITFunction, dict[str, str], dict[str, object], dict[tuple[int], list], dict[str, int]]
 
 
@@ -83,6 +84,9 @@ def launch_all(dtype: torch.dtype, state_dtype: torch.dtype, K: int, V: int, Hk:
     q, k = (torch.zeros(1, T, Hk, K, dtype=dtype) for _ in range(2))
     v, g = torch.zeros(1, T, Hv, V, dtype=dtype), torch.zeros(1, T, Hv)
     flags, sequences = torch.ones(N, dtype=torch.bool), torch.arange(N, dtype=torch.int32)
+    weights = torch.zeros(dim + Hv * V + 2 * Hv, 1024, dtype=dtype)
+    for rows in (1, 2, 16, 32) if dtype != torch.float32 else ():
+        skinny_gemm.skinny_gemm_triton(weights[:rows], weights)
     l2norm.l2norm_fwd_triton(q)
     gating.fused_gdn_gating_triton(A_log, a, a, dt_bias)
     layernorm_guard.rmsnorm_gated_triton(z, norm, z)
@@ -170,8 +174,10 @@ def main() -> None:
     parser.add_argument("--arch", type=int, action="append", help="compute capability, 90 or 120; may be repeated")
     parser.add_argument("--case", choices=CASES, action="append")
     options = parser.parse_args()
-    for module in (chunk, fused_decode, fused_recurrent):
+    for module in (chunk, fused_decode, fused_recurrent, skinny_gemm):
         module.multiprocessors = lambda device: 132
+    for module in (fused_decode, skinny_gemm):
+        module.overlaps_launches = lambda device: True
     for case in options.case or CASES:
         recorded = record(CASES[case])
         for fn, signature, constants, attributes, launch in recorded:

@@ -20,6 +20,7 @@ def test_compiles_and_fits(case):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["arch"] for line in lines} == set(SHARED_LIMIT)
-    assert len({line["kernel"] for line in lines}) == 11
+    # the skinny GEMM is for 16-bit weights alone
+    assert len({line["kernel"] for line in lines}) == (11 if case.startswith("fp32") else 13)
     for line in lines:
         assert line["shared"] <= SHARED_LIMIT[line["arch"]], line

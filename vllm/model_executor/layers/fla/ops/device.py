@@ -16,6 +16,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@lru_cache
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one before it still runs (programmatic dependent launch: sm_90 and newer)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @triton.jit
 def dot(a, b):
     """``a @ b`` accumulated in float32; float32 operands in three tf32 products, which keeps about 21 bits on the tensor cores.

@@ -1,4 +1,4 @@
-"""A whole decode step of the GDN layer between its projections, in one launch.
+"""A whole decode step of the GDN layer between its projections, in one launch: in Triton here, in CUDA C++ in ``fused_decode_cuda.py``.
 
 Convolution update, gating, l2norm, delta rule and gated RMS norm: the state is read and written once, and nothing between the stages
 goes through memory. Values are rounded to the activations' dtype where the separate kernels would store them (after the convolution,
@@ -17,7 +17,8 @@ from vllm.model_executor.layers.mamba.ops.causal_conv1d_update import (
     use_silu,
 )
 
-from .device import multiprocessors, softplus
+from .device import multiprocessors, overlaps_launches, softplus
+from .fused_decode_cuda import fits_fused_decode_cuda, fused_gdn_decode_cuda, prefers_cuda
 from .fused_recurrent import check_state, delta_update
 from .layernorm_guard import GATES, gate_value, rmsnorm_gated_torch
 from .naive import L2NORM_EPS
@@ -127,6 +128,7 @@ def _fused_decode_kernel(
     SILU: tl.constexpr,
     SIGMOID: tl.constexpr,
     L2NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """ROWS rows of one head's state for one token, BV at a time; PARTS programs share a head.
 
@@ -134,6 +136,9 @@ def _fused_decode_kernel(
     that window; the counter goes back to zero. With several parts it also applies the norm, which needs whole heads: the parts leave their
     raw outputs in y. No program ever waits for another.
     """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     R: tl.constexpr = Hv // Hk
     READERS: tl.constexpr = R * PARTS
     part, head = tl.program_id(0) % PARTS, (tl.program_id(0) // PARTS) % Hv
@@ -267,7 +272,7 @@ def plan_fused_decode(heads: int, K: int, V: int, multiprocessors: int) -> dict[
     BK, whole = triton.next_power_of_2(K), triton.next_power_of_2(V)
     # Measured on an H200: one-warp programs beat larger ones at every batch. A few rows of the batch need the most programs and all of a
     # tile in flight at once; many need long programs, whose next tile is under way while one is worked on.
-    if heads < 8 * multiprocessors:
+    if heads < 7 * multiprocessors:
         ROWS, BV = min(whole, 32), 32
     else:
         ROWS, BV = min(whole, 64), 8
@@ -329,6 +334,7 @@ def fused_gdn_decode_triton(
     if B == 0:
         return y
     plan = plan_fused_decode(B * Hv, K, V, multiprocessors(mixed_qkv.device))
+    overlap = overlaps_launches(mixed_qkv.device)
     _fused_decode_kernel[(B * Hv * plan["PARTS"],)](
         mixed_qkv,
         z,
@@ -364,6 +370,8 @@ def fused_gdn_decode_triton(
         SILU=use_silu(activation),
         SIGMOID=gate_activation == "sigmoid",
         L2NORM=use_qk_l2norm_in_kernel,
+        PDL=overlap,
+        **({"launch_pdl": True} if overlap else {}),
         **plan,
     )
     return y
@@ -437,7 +445,13 @@ def fused_gdn_decode(
     Returns:
         ``out``, or a new ``[B, Hv, V]`` in mixed_qkv's dtype; zeros in padding rows. Both pools are updated in place.
     """
-    form = fused_gdn_decode_triton if mixed_qkv.is_cuda else fused_gdn_decode_torch
+    form = fused_gdn_decode_torch
+    if mixed_qkv.is_cuda:
+        heads = mixed_qkv.shape[0] * ssm_state.shape[1]
+        vectors = A_log, dt_bias, norm_weight
+        cuda = prefers_cuda(heads, ssm_state.dtype, multiprocessors(mixed_qkv.device))
+        cuda = cuda and fits_fused_decode_cuda(mixed_qkv, conv_state, conv_weight, vectors, ssm_state)
+        form = fused_gdn_decode_cuda if cuda else fused_gdn_decode_triton
     return form(
         mixed_qkv,
         z,
