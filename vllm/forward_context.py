@@ -54,6 +54,9 @@ class GDNAttentionMetadata:
     prefill_query_start_loc: torch.Tensor  # [num_prefills+1] int32, relative to row num_decodes
     prefill_query_lens_cpu: tuple[int, ...]  # [num_prefills]
     prefill_has_initial_state: torch.Tensor  # [num_prefills] bool: False on a sequence's first chunk
+    # Chunks of the prefill kernels, the same for every layer (fla/ops/index.py); None where PyTorch computes them
+    prefill_chunk_indices: torch.Tensor | None = None  # [chunks, 2] int32: sequence, chunk within it
+    prefill_chunk_offsets: torch.Tensor | None = None  # [num_prefills+1] int32: first chunk of each sequence
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from vllm.forward_context import (
     PagedAttentionMetadata,
     set_forward_context,
 )
+from vllm.v1.attention.backends.gdn_attn import prefill_chunks
 
 
 @dataclass
@@ -39,11 +40,9 @@ class Driver:
             shape = layer.kv_shape(num_blocks, block_size)
             layer.kv_cache = tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         for layer in layers.gdn:
-            shapes = layer.state_shapes()
             # slots start out as garbage: a sequence's first chunk must not look
-            conv = torch.full((num_slots, *shapes["conv_state"]), 7.0, dtype=self.dtype, device=self.device)
-            ssm = torch.full((num_slots, *shapes["ssm_state"]), -3.0, dtype=ssm_dtype, device=self.device)
-            layer.conv_state, layer.ssm_state = conv, ssm
+            layer.conv_state = layer.make_state("conv_state", num_slots, self.dtype, self.device).fill_(7.0)
+            layer.ssm_state = layer.make_state("ssm_state", num_slots, ssm_dtype, self.device).fill_(-3.0)
         dealer = random.Random(seed)
         self.free_pages = dealer.sample(range(1, num_blocks), num_blocks - 1)
         self.free_slots = dealer.sample(range(1, num_slots), num_slots - 1)
@@ -105,6 +104,7 @@ class Driver:
             prefill_query_start_loc=(starts[num_decodes:] - starts[num_decodes]).to(**to),
             prefill_query_lens_cpu=tuple(n for _, n in prefills),
             prefill_has_initial_state=torch.tensor([s.computed > 0 for s, _ in prefills], dtype=torch.bool, **to),
+            **prefill_chunks([n for _, n in prefills], self.device),
         )
         ids, positions = torch.tensor(ids, **to), torch.tensor(positions, **to)
         return ids, positions, ForwardContext(attn=attn, gdn=gdn)

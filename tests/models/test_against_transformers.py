@@ -1,6 +1,7 @@
 """The whole network against transformers: the same logits, however the work is cut into steps and whoever shares them."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tests.models.driver import Driver, Seq
 from tests.models.families import load
 from vllm.config import ModelConfig, VllmConfig
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.mamba.gdn_linear_attn import DECODE, IN_PROJ, set_gdn_variants
 from vllm.model_executor.model_loader import load_model
 
 TOLERANCE = 1e-4  # on logits of deviation 0.7; measured 2e-5
@@ -29,12 +31,23 @@ def test_prompt(family, prompt):
     torch.testing.assert_close(got, family.logits(prompt), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("in_proj", ["serial", "fused"])
+@pytest.mark.parametrize("in_proj", IN_PROJ)
 def test_greedy(family, prompt, in_proj):
     driver = Driver(family.load(gdn_in_proj=in_proj))
     want = greedy_reference(family.reference, prompt[:50], 64)
     assert driver.greedy(driver.add(prompt[:50]), 64) == want
     assert len(set(want)) > 20, "a model that repeats itself proves little"
+
+
+def test_every_gdn_variant(family, prompt):
+    """One prompt chunk, then token by token; the variants change on one loaded model."""
+    driver, want = Driver(family.load()), family.logits(prompt[:48])
+    for in_proj, decode in product(IN_PROJ, DECODE):
+        assert set_gdn_variants(driver.model, in_proj, decode, "torch") == (in_proj, decode, "torch")
+        seq = driver.add(prompt[:48])
+        got = driver.prefill(seq, tuple(range(32, 48)))
+        driver.finish(seq)
+        torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -196,12 +209,15 @@ def test_bfloat16(family, prompt, bfloat16_error, cuts, ssm_dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("in_proj", ["serial", "fused"])
 @pytest.mark.parametrize("cuts", [(), (64, 100), tuple(range(150, 200))], ids=["whole", "chunks", "stepwise"])
-def test_gpu_bfloat16(family, prompt, bfloat16_error, cuts, in_proj):
-    driver = Driver(family.load(torch.bfloat16, "cuda", gdn_in_proj=in_proj))
-    got = driver.prefill(driver.add(prompt), cuts)
-    assert row_error(got, family.logits(prompt)) < 1.5 * bfloat16_error[family.name]
+def test_gpu_bfloat16(family, prompt, bfloat16_error, cuts):
+    driver = Driver(family.load(torch.bfloat16, "cuda"))
+    for variants in product(IN_PROJ, DECODE, ["triton"]):
+        set_gdn_variants(driver.model, *variants)
+        seq = driver.add(prompt)
+        got = driver.prefill(seq, cuts)
+        driver.finish(seq)
+        assert row_error(got, family.logits(prompt)) < 1.5 * bfloat16_error[family.name], variants
 
 
 @pytest.mark.gpu
@@ -226,10 +242,11 @@ def test_gpu_mixed_batch_and_padding(family, prompt, bfloat16_error):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("variants", list(product(IN_PROJ, DECODE)), ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_gpu_decode_never_waits(family, prompt, dtype):
+def test_gpu_decode_never_waits(family, prompt, dtype, variants):
     """A decode forward enqueues work and reads nothing back."""
-    driver = Driver(family.load(dtype, "cuda"))
+    driver = Driver(family.load(dtype, "cuda", gdn_in_proj=variants[0], gdn_decode=variants[1]))
     seqs = [driver.add(prompt[i : i + 20]) for i in (0, 20, 40)]
     driver.step([(seq, 20) for seq in seqs])
     for seq in seqs:

@@ -142,8 +142,6 @@ UNSUPPORTED: dict[str, Unsupported] = {
     "attention_config": _value("there is one attention kernel a device; leave it out"),
     "moe_backend": _value("there is one MoE kernel a device; leave it out", "auto"),
     "mamba_backend": _value("kernels are chosen by the device; for GDN see --gdn-in-proj"),
-    "gdn_prefill_backend": _value("the prefill kernel is chosen by the device; leave it out", "auto"),
-    "gdn_decode": _value("the decode kernel is chosen by the device; leave it out", "auto"),
     "additional_config": _value("every setting has its own flag; see --help", "{}"),
     # adapters
     "enable_lora": _switch(_NO_LORA),
@@ -168,8 +166,8 @@ UNSUPPORTED: dict[str, Unsupported] = {
     "skip_mm_profiling": _switch(_NO_MEDIA, True, False),
     "video_pruning_rate": _value(_NO_MEDIA),
     # output and observation
-    "structured_outputs_config": _value("structured output is not here yet; leave it out"),
-    "guided_decoding_backend": _value("structured output is not here yet; leave it out", "auto"),
+    "structured_outputs_config": _value("requests say what they want in structured_outputs; leave it out"),
+    "guided_decoding_backend": _value("structured output is always xgrammar's; leave it out", "auto", "xgrammar"),
     "observability_config": _value("there is no tracing; leave it out"),
     "otlp_traces_endpoint": _value("there is no tracing; leave it out"),
     "collect_detailed_traces": _value("there is no tracing; leave it out"),

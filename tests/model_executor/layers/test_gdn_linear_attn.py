@@ -1,99 +1,11 @@
-"""One Gated DeltaNet layer against its definition, token by token in float64."""
-
-from dataclasses import fields, replace
+"""One Gated DeltaNet layer against its definition, token by token in float64, in every variant."""
 
 import pytest
 import torch
 
-from vllm.config.checkpoint import TINY, load_hf_config
-from vllm.config.gdn import GDNConfig
-from vllm.forward_context import PAD_SLOT_ID, ForwardContext, GDNAttentionMetadata, set_forward_context
-from vllm.model_executor.layers.mamba.gdn_linear_attn import IN_PROJ, GatedDeltaNet
-from vllm.model_executor.layers.quantization.plan import ConfigPlan
-
-HK, HV, K, V, D, W = 2, 6, 16, 8, 24, 4
-
-
-def config(**changes):
-    text = load_hf_config(TINY).text
-    sizes = {
-        "hidden_size": D,
-        "linear_num_key_heads": HK,
-        "linear_num_value_heads": HV,
-        "linear_key_head_dim": K,
-        "linear_value_head_dim": V,
-        "linear_conv_kernel_dim": W,
-    }
-    return replace(text, **{**sizes, **changes})
-
-
-def build(in_proj="fused", slots=6, ssm_dtype=torch.float32, dtype=torch.float32, device="cpu", **changes):
-    torch.manual_seed(0)
-    text = config(**changes)
-    layer = GatedDeltaNet(
-        text, prefix="m", plan=ConfigPlan(None, dtype), gdn_config=GDNConfig(gdn_in_proj=in_proj)
-    ).requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for module in layer.modules():
-        if hasattr(module, "fill_dummy"):
-            module.fill_dummy(generator)
-    layer.norm.weight.uniform_(0.5, 1.5, generator=generator)
-    layer.dt_bias.uniform_(-3, 1, generator=generator)
-    shapes = layer.state_shapes()
-    layer.conv_state = torch.full((slots, *shapes["conv_state"]), 5.0, dtype=dtype, device=device)
-    layer.ssm_state = torch.full((slots, *shapes["ssm_state"]), -2.0, dtype=ssm_dtype, device=device)
-    return layer.to(device)
-
-
-def definition(layer, x, eps=1e-6):
-    """Section by section what the layer is: x [T, D] of one sequence -> y [T, D], final window, final state [Hv, V, K]."""
-    f = lambda t: t.detach().cpu().double()
-    y = f(x) @ f(layer.in_proj.weight).T
-    q_k_v, z, b, a = y.split([2 * HK * K + HV * V, HV * V, HV, HV], dim=1)
-    history = torch.cat([torch.zeros(W - 1, q_k_v.shape[1], dtype=torch.float64), q_k_v])
-    mixed = sum(history[j : j + len(x)] * f(layer.conv1d_weight)[:, j] for j in range(W))
-    mixed = mixed * torch.sigmoid(mixed)
-    S, out = torch.zeros(HV, V, K, dtype=torch.float64), []
-    for t in range(len(x)):
-        q, k, v = mixed[t].split([HK * K, HK * K, HV * V])
-        heads = []
-        for n in range(HV):
-            kh = n // (HV // HK)
-            qn, kn = (u.view(HK, K)[kh] / (u.view(HK, K)[kh].square().sum() + 1e-6).sqrt() for u in (q, k))
-            softplus = torch.log1p(torch.exp(a[t, n] + f(layer.dt_bias)[n]))
-            S[n] *= torch.exp(-torch.exp(f(layer.A_log)[n]) * softplus)
-            S[n] += torch.sigmoid(b[t, n]) * torch.outer(v.view(HV, V)[n] - S[n] @ kn, kn)
-            o = S[n] @ qn * K**-0.5
-            o = o / (o.square().mean() + eps).sqrt() * f(layer.norm.weight)
-            zn = z[t].view(HV, V)[n]
-            heads.append(o * (torch.sigmoid(zn) if layer.norm.activation == "sigmoid" else zn * torch.sigmoid(zn)))
-        out.append(torch.cat(heads))
-    return torch.stack(out) @ f(layer.out_proj.weight).T, history[-(W - 1) :].T, S
-
-
-def metadata(decodes, prefills, device="cpu"):
-    """decodes: slots; prefills: (slot, tokens, goes on)."""
-    lens = [n for _, n, _ in prefills]
-    to = {"device": device}
-    return GDNAttentionMetadata(
-        num_decodes=len(decodes),
-        num_prefills=len(prefills),
-        num_prefill_tokens=sum(lens),
-        state_indices=torch.tensor([*decodes, *(s for s, _, _ in prefills)], dtype=torch.int32, **to),
-        prefill_query_start_loc=torch.tensor([0, *lens], **to).cumsum(0).int(),
-        prefill_query_lens_cpu=tuple(lens),
-        prefill_has_initial_state=torch.tensor([c for *_, c in prefills], dtype=torch.bool, **to),
-    )
-
-
-def run(layer, x, decodes=(), prefills=()):
-    meta = metadata(list(decodes), list(prefills), x.device)
-    with torch.inference_mode(), set_forward_context(ForwardContext(attn=None, gdn=meta)):
-        return layer(x)
-
-
-def sequence(n, seed=1):
-    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed))
+from tests.model_executor.layers.gdn_layer import D, build, definition, run, sequence, step_of
+from vllm.forward_context import PAD_SLOT_ID
+from vllm.model_executor.layers.mamba.gdn_linear_attn import DECODE, IN_PROJ, PREFILL
 
 
 @pytest.mark.parametrize("in_proj", IN_PROJ)
@@ -109,9 +21,11 @@ def test_prompt_is_the_definition(in_proj, gate):
         assert (layer.conv_state[slot] == 5).all() and (layer.ssm_state[slot] == -2).all()
 
 
+@pytest.mark.parametrize("gate", ["silu", "sigmoid"])
+@pytest.mark.parametrize("decode", DECODE)
 @pytest.mark.parametrize("cuts", [(1,), (2, 3), (30, 64), tuple(range(1, 40))])
-def test_cut_anywhere(cuts):
-    layer, x = build(), sequence(70)
+def test_cut_anywhere(cuts, decode, gate):
+    layer, x = build(gdn={"gdn_decode": decode}, output_gate_type=gate), sequence(70)
     want, _, state = definition(layer, x)
     bounds, parts = [0, *cuts, 70], []
     for a, b in zip(bounds, bounds[1:]):
@@ -121,10 +35,25 @@ def test_cut_anywhere(cuts):
     torch.testing.assert_close(layer.ssm_state[2].double(), state, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
+def test_interpreted_prefill_is_the_definition():
+    """The Triton kernels of prompt chunks, run by Triton's interpreter on the CPU."""
+    layer = build(gdn={"gdn_prefill_backend": "triton"})
+    a, b = sequence(5, 1), sequence(67, 2)
+    run(layer, torch.cat([a[:2], b[:65]]), prefills=[(4, 2, False), (1, 65, False)])
+    y = run(layer, torch.cat([a[2:], b[65:]]), prefills=[(4, 3, True), (1, 2, True)])
+    for rows, seq, slot in ((slice(0, 3), a, 4), (slice(3, 5), b, 1)):
+        want, window, state = definition(layer, seq)
+        torch.testing.assert_close(y[rows].double(), want[-(rows.stop - rows.start) :], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(layer.ssm_state[slot].double(), state, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(layer.conv_state[slot].double(), window, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("decode", DECODE)
 @pytest.mark.parametrize("in_proj", IN_PROJ)
-def test_mixed_rows_are_their_own(in_proj):
+def test_mixed_rows_are_their_own(in_proj, decode):
     """Two decode, one padding row, two prompts (one goes on), two tokens of nobody: each as if it were alone."""
-    layer = build(in_proj)
+    layer = build(in_proj, gdn={"gdn_decode": decode})
     a, b, c, d = sequence(9, 1), sequence(5, 2), sequence(40, 3), sequence(66, 4)
     run(layer, torch.cat([a[:8], b[:4], c[:30]]), prefills=[(5, 8, False), (1, 4, False), (4, 30, False)])
     garbage = torch.full((1, D), float("nan"))
@@ -136,31 +65,16 @@ def test_mixed_rows_are_their_own(in_proj):
     assert (layer.conv_state[[0, 3]] == 5).all() and (layer.ssm_state[[0, 3]] == -2).all()
 
 
-def test_variants_share_one_weight():
-    layer = build("serial")
-    names = [name for name, _ in layer.named_parameters()]
-    assert [n for n in names if "in_proj" in n] == ["in_proj.weight"]
-    assert layer.in_proj.weight.shape == (2 * HK * K + 2 * HV * V + 2 * HV, D)
-    x = sequence(7)
-    for one, two in zip(IN_PROJ["serial"](layer, x), IN_PROJ["fused"](layer, x)):
-        torch.testing.assert_close(one, two)
-
-
-def test_auto_is_fused():
-    assert build("auto").project is IN_PROJ["fused"]
-
-
-def test_every_variant_has_its_flag():
-    (field,) = [f for f in fields(GDNConfig) if f.name == "gdn_in_proj"]
-    assert set(field.metadata["choices"]) == {"auto", *IN_PROJ}
-
-
 @pytest.mark.gpu
+@pytest.mark.parametrize("prefill", PREFILL)
+@pytest.mark.parametrize("decode", DECODE)
 @pytest.mark.parametrize("in_proj", IN_PROJ)
 @pytest.mark.parametrize("ssm_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gpu(in_proj, ssm_dtype):
-    """bfloat16 activations; the float32 definition runs on the same rounded weights."""
-    layer = build(in_proj, dtype=torch.bfloat16, ssm_dtype=ssm_dtype, device="cuda")
+def test_gpu(in_proj, decode, prefill, ssm_dtype):
+    """bfloat16 activations; the float64 definition runs on the same rounded weights."""
+    gdn = {"gdn_decode": decode, "gdn_prefill_backend": prefill}
+    layer = build(in_proj, dtype=torch.bfloat16, ssm_dtype=ssm_dtype, device="cuda", gdn=gdn)
+    layer.two_streams_outside_graphs = True
     x = sequence(90).bfloat16().cuda()
     want, _, _ = definition(layer, x)
     y = torch.cat(
@@ -172,3 +86,32 @@ def test_gpu(in_proj, ssm_dtype):
     )
     error = (y.double().cpu() - want).abs().mean() / want.abs().mean()
     assert error < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decode", [*DECODE, "auto"])
+@pytest.mark.parametrize("in_proj", IN_PROJ)
+def test_gpu_graph(in_proj, decode):
+    """A captured decode step, replayed over many tokens with a row of nobody beside it, is the definition; capturing never waits."""
+    layer = build(in_proj, device="cuda", gdn={"gdn_decode": decode})
+    tokens = torch.stack([sequence(40, 1), sequence(40, 2), sequence(40, 3)], dim=1).cuda()  # [40, 3, D]
+    x = torch.zeros(3, D, device="cuda")
+    for slot in (2, 5):
+        layer.conv_state[slot], layer.ssm_state[slot] = 0, 0
+    work = {"decodes": [5, PAD_SLOT_ID, 2]}
+    run(layer, x, decodes=[1, 3, 4])  # compiles kernels
+    graph, step = torch.cuda.CUDAGraph(), step_of(layer, x, **work)
+    with torch.cuda.graph(graph):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            y = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    got = []
+    for t in range(40):
+        x.copy_(tokens[t])
+        graph.replay()
+        got.append(y.clone())
+    got = torch.stack(got).cpu()
+    for row in (0, 2):
+        torch.testing.assert_close(got[:, row].double(), definition(layer, tokens[:, row])[0], atol=1e-4, rtol=1e-3)

@@ -3,11 +3,13 @@
 import random
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm import LLM, SamplingParams
 from vllm.benchmarks.tiny_tasks import generate
+from vllm.model_executor.layers.mamba.gdn_linear_attn import DECODE, IN_PROJ, set_gdn_variants
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)  # crosses pages, so that pools run out
@@ -74,10 +76,42 @@ def test_larger_pages_give_the_same_tokens(tiny_model, prompts, alone, block_siz
     assert [o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY, use_tqdm=False)] == alone
 
 
-@pytest.mark.parametrize("variant", ["serial", "fused"])
-def test_input_projection_variants_give_the_same_tokens(tiny_model, prompts, alone, variant):
-    llm = make_llm(tiny_model, gdn_in_proj=variant)
-    assert [o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY, use_tqdm=False)] == alone
+@pytest.mark.parametrize("decode", DECODE)
+@pytest.mark.parametrize("in_proj", IN_PROJ)
+def test_gdn_variants_give_the_same_tokens(tiny_model, prompts, alone, in_proj, decode):
+    llm = make_llm(tiny_model, gdn_in_proj=in_proj, gdn_decode=decode, gdn_prefill_backend="torch")
+    assert gdn_variants(llm) == {(in_proj, decode, "torch")}
+    assert [o.outputs[0].token_ids for o in llm.generate(prompts[::3], GREEDY, use_tqdm=False)] == alone[::3]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
+def test_the_triton_prefill_gives_the_same_tokens(tiny_model, prompts, alone):
+    """Prompts of 2, 17 and 100 tokens through Triton's interpreter."""
+    llm = make_llm(tiny_model, gdn_prefill_backend="triton", max_num_batched_tokens=70)
+    chosen = [-6, -3, -1]
+    outputs = llm.generate([prompts[i] for i in chosen], GREEDY, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in outputs] == [alone[i] for i in chosen]
+
+
+def test_gdn_variants_may_change_between_two_steps(tiny_model, prompts, alone_long):
+    llm, draw = make_llm(tiny_model, max_num_batched_tokens=64), random.Random(1)
+    engine, finished, used = llm.llm_engine, {}, set()
+    for i, prompt in enumerate(prompts[:8]):
+        engine.add_request(str(i), prompt, LONG)
+    while engine.has_unfinished_requests:
+        in_proj, decode = draw.choice(list(IN_PROJ)), draw.choice(list(DECODE))
+        used.add(set_gdn_variants(gdn_model(llm), in_proj=in_proj, decode=decode))
+        finished |= {o.request_id: o.outputs[0].token_ids for o in engine.step() if o.finished}
+    assert [finished[str(i)] for i in range(8)] == alone_long[:8]
+    assert len(used) == len(IN_PROJ) * len(DECODE)
+
+
+def gdn_model(llm: LLM):
+    return llm.llm_engine.core.worker.runner.model
+
+
+def gdn_variants(llm: LLM) -> set[tuple[str, str, str]]:
+    return {tuple(layer.variants) for layer in gdn_model(llm).stateful_layers().gdn}
 
 
 def test_whole_prompts_only(tiny_model, prompts, alone):

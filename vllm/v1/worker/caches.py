@@ -25,8 +25,8 @@ def bind_caches(model: CausalLM, cache: CacheConfig, sizes: PoolSizes, device: t
         shape = attention.kv_shape(sizes.num_blocks, cache.block_size)
         attention.kv_cache = tuple(torch.zeros(shape, dtype=kv_dtype, device=device) for _ in "kv")
     for gdn in layers.gdn:
-        for name, shape in gdn.state_shapes().items():
-            setattr(gdn, name, torch.zeros(sizes.num_slots, *shape, dtype=state_dtypes[name], device=device))
+        for name in gdn.state_shapes():
+            setattr(gdn, name, gdn.make_state(name, sizes.num_slots, state_dtypes[name], device))
 
 
 def unbind_caches(model: CausalLM) -> None:
