@@ -9,6 +9,7 @@ JOBS ?= 2
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := $(VENV)/bin
+CLIENTS := $(VENV)/clients
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # No test downloads a model: the one they use is in the repository.
@@ -25,7 +26,7 @@ help: ## this list
 serve: $(VENV)/.run ## serve MODEL (default: the tiny one in the repository) at 127.0.0.1:8000; Ctrl-C stops it
 	$(BIN)/vllm serve $(MODEL) --reasoning-parser qwen3 --tool-call-parser qwen3_coder --enable-auto-tool-choice
 
-test: $(VENV)/.test lint ## everything that needs no GPU; this is what CI runs
+test: $(VENV)/.test $(CLIENTS)/.done lint ## everything that needs no GPU; this is what CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=15 -m "not gpu"
 
 test-gpu: $(VENV)/.test csrc ## the tests that need a CUDA device
@@ -64,4 +65,12 @@ $(VENV)/.run: requirements/common.txt requirements/cpu.txt requirements/cuda.txt
 
 $(VENV)/.test: requirements/test.txt $(VENV)/.run
 	$(PIP) -r requirements/test.txt
+	touch $@
+
+# Client programs see what is in $(VENV), but what they install for themselves comes first and stays out of it.
+SITE := import site; print(site.getsitepackages()[0])
+$(CLIENTS)/.done: requirements/clients.txt $(VENV)/.test
+	$(BIN)/python -m venv --without-pip $(CLIENTS)
+	$(BIN)/python -c '$(SITE)' > "$$($(CLIENTS)/bin/python -c '$(SITE)')/below.pth"
+	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check -qq --no-compile -r requirements/clients.txt
 	touch $@
