@@ -125,7 +125,7 @@ def test_a_wrong_field_on_either_route(server, fields, word):
         ({"messages": [USER], "tools": [{"type": "web", "function": {"name": "f"}}]}, ["tools[0].type"]),
         ({"messages": [USER], "tools": [{"type": "function", "function": {"name": ""}}]}, ["tools[0].function.name"]),
         ({"messages": [USER], "tool_choice": "required"}, ["tool_choice", "tools"]),
-        ({"messages": [USER], "tool_choice": "auto"}, ["tool_choice", "tools"]),
+        ({"messages": [USER], "tool_choice": "required"}, ["tool_choice", "tools"]),
         (
             {"messages": [USER], "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
             ["'g'", "tools"],

@@ -86,10 +86,10 @@ CHECKS = {
 @pytest.mark.parametrize("name", CHECKS)
 def test_whatever_is_sampled_has_the_form(llm, name):
     structured, check = CHECKS[name]
-    params = [noise(structured, seed) for seed in range(16)]
-    outputs = generate(llm, [PROMPTS[i % 4] for i in range(16)], params)
+    params = [noise(structured, seed) for seed in range(12)]
+    outputs = generate(llm, PROMPTS * 3, params)
     ended = [o.outputs[0] for o in outputs if o.outputs[0].finish_reason == "stop"]
-    assert len(ended) >= (1 if name in ("object", "tag") else 6), [o.outputs[0].text for o in outputs]
+    assert len(ended) >= (1 if name in ("object", "tag") else 5), [o.outputs[0].text for o in outputs]
     for completion in ended:
         assert check(completion.text), completion.text
     assert all(o.outputs[0].finish_reason in ("stop", "length") for o in outputs)

@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 
 from vllm.entrypoints.openai.cli_args import ServerArgs
 from vllm.entrypoints.openai.context import ServerContext
 from vllm.entrypoints.openai.errors import add_error_handlers, json_response
 from vllm.entrypoints.openai.middleware import Authentication, RootPath
-from vllm.entrypoints.openai.openapi import body_of, complete_schema
+from vllm.entrypoints.openai.openapi import STREAMED, body_of, complete_schema
 from vllm.entrypoints.openai.protocol.chat import ChatCompletionRequest
 from vllm.entrypoints.openai.protocol.completion import CompletionRequest
 from vllm.entrypoints.openai.protocol.tokenize import (
@@ -68,11 +68,11 @@ def build_app(engine: AsyncLLM, args: ServerArgs) -> FastAPI:
 def _add_openai_routes(app: FastAPI, context: ServerContext) -> None:
     chat, completion, models = ChatServing(context), CompletionServing(context), ModelServing(context)
 
-    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatCompletionRequest))
+    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatCompletionRequest), responses=STREAMED)
     async def create_chat_completion(http: Request) -> Response:
         return await chat(http)
 
-    @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
+    @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=STREAMED)
     async def create_completion(http: Request) -> Response:
         return await completion(http)
 
@@ -106,15 +106,15 @@ def _add_tokenizer_routes(app: FastAPI, context: ServerContext) -> None:
 def _add_service_routes(app: FastAPI, context: ServerContext) -> None:
     engine = context.engine
 
-    @app.get("/health")
+    @app.get("/health", response_class=Response)
     async def health() -> Response:
         """200 while requests are answered; 503 when the engine has died or the server is shutting down."""
         context.check_accepting()
         await engine.check_health()
         return Response()
 
-    @app.get("/ping", operation_id="ping")
-    @app.post("/ping", operation_id="ping_by_post")
+    @app.get("/ping", operation_id="ping", response_class=Response)
+    @app.post("/ping", operation_id="ping_by_post", response_class=Response)
     async def ping() -> Response:
         return await health()
 
@@ -127,7 +127,7 @@ def _add_service_routes(app: FastAPI, context: ServerContext) -> None:
         """Requests that are not finished."""
         return json_response({"server_load": engine.num_unfinished_requests})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(engine.metrics.render(), media_type=engine.metrics.content_type)
 

@@ -8,6 +8,7 @@ import orjson
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError, EngineOverloadedError
@@ -90,13 +91,22 @@ def as_api_error(error: Exception) -> APIError:
     return APIError(500, "internal error; the server's log says more")
 
 
+def _methods_of(request: Request) -> str:
+    """What a route may be asked with that was asked with something else."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
+    return ", ".join(sorted({method for route in routes for method in route.methods}))
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every exception, of routing and of ours, with an error object."""
 
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code == 404:
             error = APIError(404, f"no route {request.method} {request.url.path}")
-        return as_api_error(error).response()
+        response = as_api_error(error).response()
+        if response.status_code == 405:
+            response.headers["Allow"] = _methods_of(request)
+        return response
 
     for kind in (APIError, EngineOverloadedError, EngineDeadError, ValueError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

@@ -22,6 +22,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.api_server import build_app
 from vllm.entrypoints.openai.cli_args import ServerArgs
 from vllm.entrypoints.openai.context import ServerContext
+from vllm.entrypoints.openai.http_protocol import BoundedHttp
 from vllm.logger import init_logger
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -67,7 +68,7 @@ def _uvicorn_config(app: object, args: ServerArgs) -> uvicorn.Config:
     _log_like_ours(args.uvicorn_log_level)
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=BoundedHttp,
         ws="none",
         lifespan="on",
         log_config=None,

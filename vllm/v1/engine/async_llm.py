@@ -15,7 +15,7 @@ from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.outputs import RequestOutput
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.core_client import make_core_client
 from vllm.v1.engine.exceptions import EngineDeadError, EngineOverloadedError
 from vllm.v1.engine.input_processor import InputProcessor, ProcessedRequest
@@ -35,6 +35,9 @@ logger = init_logger(__name__)
 
 LONG_PROMPT = 8192
 """Prompts of more characters (or token ids) than this are tokenised and checked in a thread, so that streams go on meanwhile."""
+
+MOST_CONSTRAINTS_IN_CHECK = 256
+"""Requests whose constraints wait to be compiled for the first time. Each may take seconds where somebody means harm."""
 
 
 class AsyncLLM:
@@ -168,7 +171,7 @@ class AsyncLLM:
         self._check_alive()
         self._check_room(params.n)
         if params.structured_outputs is not None:
-            await self._grammar_checker.check_async(params.structured_outputs)
+            await self._check_constraint(params.structured_outputs)
         request = await self._process(request_id, prompt, params, priority)
         self._check_alive()
         self._check_room(params.n)
@@ -255,6 +258,11 @@ class AsyncLLM:
             raise EngineOverloadedError(
                 f"{unfinished} sequences run or wait, and at most {self.max_num_sequences} may; try again later"
             )
+
+    async def _check_constraint(self, structured_outputs: StructuredOutputsParams) -> None:
+        if self._grammar_checker.num_pending >= MOST_CONSTRAINTS_IN_CHECK:
+            raise EngineOverloadedError("too many structured outputs wait to be checked; try again later")
+        await self._grammar_checker.check_async(structured_outputs)
 
     async def _process(self, request_id: str, prompt: Any, params: SamplingParams, priority: int) -> ProcessedRequest:
         arrival_time, tokenised = time.time(), None

@@ -186,7 +186,8 @@ class ProcessClient(CoreClient):
 
     def _learn(self, ready: dict | None = None, refused: list[str] | None = None, died: str | None = None) -> None:
         if ready is not None:
-            self._ready.set_result(EngineCoreInfo(**ready))
+            if not self._ready.cancelled():  # as Ctrl-C does to whoever waits
+                self._ready.set_result(EngineCoreInfo(**ready))
         elif refused is not None:
             kind, text = refused
             self._end({"FileNotFoundError": FileNotFoundError, "ValueError": ValueError}[kind](text))
@@ -196,7 +197,7 @@ class ProcessClient(CoreClient):
     def _end(self, error: Exception) -> None:
         if not self._ready.done():
             self._ready.set_exception(error)
-        elif self._ready.exception() is None:
+        elif not self._ready.cancelled() and self._ready.exception() is None:
             self._on_death(str(error))
 
     def _how_it_ended(self) -> str:

@@ -48,6 +48,9 @@ class GrammarChecker:
 
     Args:
         load_vocabulary: of the model's tokenizer; called once, before the process is started.
+
+    Attributes:
+        num_pending: calls of `check_async` that wait for an answer.
     """
 
     def __init__(self, load_vocabulary: Callable[[], Vocabulary]) -> None:
@@ -56,6 +59,7 @@ class GrammarChecker:
         self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()
         self._process = _CheckerProcess()
         self._threads: ThreadPoolExecutor | None = None
+        self.num_pending = 0
         weakref.finalize(self, self._process.stop)
 
     def check(self, params: StructuredOutputsParams) -> None:
@@ -78,7 +82,11 @@ class GrammarChecker:
             return
         if self._threads is None:
             self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar check")
-        await asyncio.get_running_loop().run_in_executor(self._threads, self.check, params)
+        self.num_pending += 1
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._threads, self.check, params)
+        finally:
+            self.num_pending -= 1
 
     def shutdown(self) -> None:
         """End the process; may be called again. A later check starts a new one."""
@@ -133,13 +141,16 @@ class _CheckerProcess:
                 self.stop()
         else:
             raise ValueError("structured output does not work here: its checks cannot be started")
+        process, link = self._process, self._link
         try:
-            if not self._link.poll(WALL_SECONDS):
-                self.stop()
-                raise TimeoutError
-            return pickle.loads(self._link.recv_bytes())
-        except (EOFError, ConnectionError):
-            code = self._process.wait()
+            if link.poll(WALL_SECONDS):
+                return pickle.loads(link.recv_bytes())
+            self.stop()
+            raise TimeoutError
+        except (EOFError, OSError) as error:
+            if self._link is not link:  # stopped, by us or by `shutdown` in another thread
+                raise TimeoutError from error
+            code = process.wait()
             self.stop()
             if code in _ENDED_ITSELF:
                 return f"structured_outputs: compiling or using it takes more than {CPU_SECONDS:g} s; make it simpler"

@@ -105,8 +105,8 @@ class ChatCompletionRequest(GenerationRequest, TemplateFields):
             name = self.tool_choice.function.name
             if name not in (tool.function.name for tool in self.tools or ()):
                 raise ValueError(f"tool_choice names {name!r}, which is not among tools")
-        elif self.tool_choice in ("auto", "required") and not self.tools:
-            raise ValueError(f'tool_choice "{self.tool_choice}" needs tools')
+        elif self.tool_choice == "required" and not self.tools:
+            raise ValueError('tool_choice "required" needs tools')
         return self
 
     @property
