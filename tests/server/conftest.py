@@ -10,7 +10,7 @@ STUB = ("-m", "vllm.benchmarks.stub_server")
 @pytest.fixture(scope="session", autouse=True)
 def _checkpoint():
     if not (TINY / "model.safetensors").is_file():
-        pytest.skip("the bundled checkpoint is not there")
+        pytest.fail("the bundled checkpoint is not there")
 
 
 @pytest.fixture(scope="module")
