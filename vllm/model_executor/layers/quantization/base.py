@@ -27,6 +27,23 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class KernelWeight:
+    """A matrix W [N, K], or a stack of them [E, N, K], as the GEMM kernels read it: W[n, k] = (q[n, k] - zero) * scale.
+
+    `scale` and `zero` hold one number for `scale_rows` x `group` elements: that of W[n, k] is [..., n // scale_rows, k // group].
+    """
+
+    kind: str
+    """How `values` stores q: "plain" (16-bit floats [..., N, K]), "int4" and "int8" (int32 words [..., N, K*bits/32], element k in
+    bits (k mod 32/bits)*bits of word k // (32/bits)), "fp8" (e4m3 [..., N, K]), "fp4" (uint8 [..., N, K/2], e2m1, even k low)."""
+    values: torch.Tensor
+    scale: torch.Tensor | None = None  # [..., N / scale_rows, K / group]; None for "plain"
+    zero: torch.Tensor | None = None  # uint8, scale's shape; None: 8 for int4, 128 for int8, 0 for floats
+    group: int = 0
+    scale_rows: int = 1
+
+
 class WeightScheme(ABC):
     """One format, with what is constant over a module (bits, group size). Equal schemes can share one fused matrix."""
 
@@ -72,6 +89,10 @@ class WeightScheme(ABC):
     @abstractmethod
     def select(self, layer: nn.Module, prefix: str, index: torch.Tensor | slice) -> torch.Tensor:
         """Dense matrices [n, rows, columns] of the experts `index` ([n], or a run of n), without waiting for the device."""
+
+    def kernel_weight(self, layer: nn.Module, prefix: str = "", rows: slice = slice(None)) -> KernelWeight | None:
+        """The parameters as kernels read them, views of `rows`; None where no kernel reads this format: then dense copies serve."""
+        return None
 
     def apply(self, layer: nn.Module, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         """x [..., columns] @ W[rows]ᵀ -> [..., rows]."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm.model_executor.layers.quantization.base import TensorInfo, WeightScheme, take_rows
+from vllm.model_executor.layers.quantization.base import KernelWeight, TensorInfo, WeightScheme, take_rows
 from vllm.model_executor.parameter import Slot, Source, empty_parameter
 
 _SCALE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -114,6 +114,13 @@ class CompressedTensorsWNA16(WeightScheme):
 
     def select(self, layer: nn.Module, prefix: str, index: torch.Tensor | slice) -> torch.Tensor:
         return self._dense(layer, prefix, index)
+
+    def kernel_weight(self, layer: nn.Module, prefix: str = "", rows: slice = slice(None)) -> KernelWeight:
+        packed = getattr(layer, f"{prefix}weight_packed")[..., rows, :]
+        scale = getattr(layer, f"{prefix}weight_scale")[..., rows, :]
+        zero = None if self.symmetric else getattr(layer, f"{prefix}weight_zero_point")[..., rows, :]
+        group = packed.shape[-1] * self.per_word // scale.shape[-1]
+        return KernelWeight(f"int{self.bits}", packed, scale, zero, group)
 
     def _dense(self, layer: nn.Module, prefix: str, index) -> torch.Tensor:
         packed = getattr(layer, f"{prefix}weight_packed")[index]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm.model_executor.layers.quantization.base import TensorInfo, WeightScheme, take_rows
+from vllm.model_executor.layers.quantization.base import KernelWeight, TensorInfo, WeightScheme, take_rows
 from vllm.model_executor.parameter import Slot, Source, empty_parameter
 
 PLAIN_DTYPES = ("F32", "BF16", "F16")
@@ -49,6 +49,9 @@ class Unquantized(WeightScheme):
 
     def select(self, layer: nn.Module, prefix: str, index: torch.Tensor | slice) -> torch.Tensor:
         return getattr(layer, f"{prefix}weight")[index]
+
+    def kernel_weight(self, layer: nn.Module, prefix: str = "", rows: slice = slice(None)) -> KernelWeight:
+        return KernelWeight("plain", self.all(layer, prefix, rows))
 
     def fill_dummy(self, layer: nn.Module, prefix: str, std: float, generator: torch.Generator) -> None:
         getattr(layer, f"{prefix}weight").normal_(0.0, std, generator=generator)
