@@ -25,6 +25,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in marked:
             item.add_marker(skip)
+    for item in items:
+        if group := _server_of(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _server_of(item: pytest.Item) -> str | None:
+    """Where tests run in several processes (--dist loadgroup), those that share a server run in the same one."""
+    folder = item.path.relative_to(ROOT / "tests").parent.as_posix()
+    if folder == "server":
+        return "small" if "small" in item.fixturenames else item.path.name
+    return folder if "server" in getattr(item, "fixturenames", ()) else None
 
 
 @pytest.fixture(autouse=True)

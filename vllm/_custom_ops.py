@@ -32,6 +32,7 @@ def _load(library: Path) -> str | None:
     torch.library.register_fake("vllm_c::rms_norm", lambda out, x, weight, eps, plus_one: None)
     torch.library.register_fake("vllm_c::fused_add_rms_norm", lambda x, residual, weight, eps, plus_one: None)
     torch.library.register_fake("vllm_c::gdn_decode", lambda *args, **kwargs: None)
+    torch.library.register_fake("vllm_c::skinny_gemm", lambda *args: None)
     return None
 
 
@@ -42,7 +43,7 @@ def available(device: torch.device | str = "cuda") -> bool:
     reason = _load(_LIBRARY)
     if reason is not None:
         logger.info_once(
-            "CUDA kernels of csrc/ are not in use: %s. Residual add, RMSNorm and GDN decoding run as other, slower kernels; "
+            "CUDA kernels of csrc/ are not in use: %s. Residual add, RMSNorm, GDN decoding and small GEMMs run as other, slower kernels; "
             "to build them, %s.",
             reason,
             _REBUILD,
@@ -113,3 +114,28 @@ def gdn_decode(
         rows_a_block,
         early,
     )
+
+
+WEIGHT_FORMATS = ("plain", "int4", "int8", "fp8", "fp4")
+
+
+def skinny_gemm(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
+    kind: str,
+    group: int,
+    scale_rows: int,
+    ring: int,
+    late: int,
+) -> None:
+    """out [M, N] = x [M, K] @ Wᵀ for up to 32 rows of 16-bit x; W's parts as in `KernelWeight`; sm_90 and newer.
+
+    ring: bytes of shared memory a block may take. late: how many stages of it a block has still to ask for when the next kernel may
+    start.
+    """
+    form = WEIGHT_FORMATS.index(kind)
+    torch.ops.vllm_c.skinny_gemm(out, x, weight, scale, zero, row_scale, form, group, scale_rows, ring, late)

@@ -47,6 +47,11 @@ VARIABLES: dict[str, EnvVar] = {
         _flag, "1", "0 runs the engine of a server in a thread of the server's process instead of a process of its own."
     ),
     "VLLM_API_KEY": EnvVar(str, "", "Key that the server asks of requests to /v1 routes, where --api-key gives none."),
+    "VLLM_SERVER_DEV_MODE": EnvVar(
+        _flag, "0", "1 adds the routes /reset_prefix_cache, /start_profile and /stop_profile, which ask for no key."
+    ),
+    "VLLM_CACHE_ROOT": EnvVar(str, "~/.cache/vllm", "Folder for what is written and may be deleted at any time."),
+    "VLLM_TORCH_PROFILER_DIR": EnvVar(str, "", "Folder for profiles, where VLLM_CACHE_ROOT/profiles will not do."),
     "VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE": EnvVar(
         _flag, "1", "0 makes --gdn-decode auto mean unpacked: one kernel for each stage of a decode step."
     ),

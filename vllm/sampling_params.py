@@ -141,6 +141,9 @@ class SamplingParams:
         structured_outputs: the form that the text must have. It wins over everything above: where `allowed_token_ids`, `bad_words`,
             `logit_bias` or `min_tokens` leave no token that fits it, they are passed over for that token; and the text ends when its
             form is complete, also with `ignore_eos`. `max_tokens` and the stops can end it before.
+        thinking_token_budget: tokens that the text may think, not counting a prompt's own; then its thinking is ended. It is a
+            matter of the chat format, so the engine's caller has to know a reasoning parser. None or -1: as long as it likes.
+        thinking_token_ids: what begins thinking, what ends it, and what else does; whoever knows the parser fills it in.
         extra_args: carried along, read by nothing here.
     """
 
@@ -170,6 +173,8 @@ class SamplingParams:
     bad_words: list[str] | None = None
     bad_words_token_ids: list[list[int]] | None = field(default=None, repr=False)
     structured_outputs: StructuredOutputsParams | None = None
+    thinking_token_budget: int | None = None
+    thinking_token_ids: list[int] | None = field(default=None, repr=False)
     extra_args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -192,6 +197,10 @@ class SamplingParams:
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1)
         _integer("min_tokens", self.min_tokens, 0)
+        if self.thinking_token_budget == -1:
+            self.thinking_token_budget = None
+        if self.thinking_token_budget is not None:
+            _integer("thinking_token_budget", self.thinking_token_budget, 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens ({self.max_tokens}); got {self.min_tokens}")
         for name in ("logprobs", "prompt_logprobs"):

@@ -1,6 +1,6 @@
 """The GDN layer's input projection, [q k v z b a] of the 35B shape: cuBLAS in three ways beside the skinny GEMM.
 
-    python -m benchmarks.kernels.gdn_in_proj [--json result.json]
+    python -m benchmarks.kernels.gdn_in_proj [--json result.json] [--git HASH]
 
 Weights are cold: calls rotate over enough of them to leave the cache. Graphs hold calls only, back to back, as a chain of layers would.
 """
@@ -59,6 +59,7 @@ def measure(tokens: int, weights: list[torch.Tensor], bandwidth: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--git", help="commit of the working tree, for the result")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device")
@@ -75,7 +76,7 @@ def main() -> None:
             f"{tokens:6} {row['skinny_us']:8.2f} {row['skinny_again_us']:8.2f} {row['cublas_one_us']:9.2f} "
             f"{row['cublas_two_us']:8.2f} {row['cublas_two_streams_us']:11.2f} {row['share_of_read']:8.0%}"
         )
-    write_result(args.json, "gdn_in_proj", bandwidth, shape=[QKVZ + BA, D], rows=rows)
+    write_result(args.json, "gdn_in_proj", bandwidth, git=args.git, shape=[QKVZ + BA, D], rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """What the GDN benchmarks share: CUDA graphs of cold calls, medians of interleaved replays, and the bandwidth to hold them against."""
 
 import json
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -81,13 +84,20 @@ def rounded(value: object) -> object:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+def git_hash() -> str | None:
+    """The commit that is measured; where the tree was copied without its history, the one that GIT_HASH names."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or os.environ.get("GIT_HASH")
+
+
 def write_result(path: Path | None, name: str, bandwidth: dict[str, float], **results: object) -> None:
     """One JSON file: where and with what it was measured, then the results."""
     if path is None:
         return
     result = {
         "benchmark": f"kernels/{name}",
-        "command": f"python -m benchmarks.kernels.{name}",
+        "command": " ".join(["python", "-m", f"benchmarks.kernels.{name}", *sys.argv[1:]]),
+        "git": git_hash(),
         "date": date.today().isoformat(),
         "gpu": torch.cuda.get_device_name(),
         "vllm": __version__,

@@ -72,8 +72,26 @@ def test_unresolved_values_are_refused():
 def test_quantised_checkpoint():
     config = VllmConfig.create(ModelConfig(model=MODEL + "-awq-4bit"), device="cuda")
     assert config.model_config.quantization == "compressed-tensors"
-    assert config.quant_scheme.group_size == 32
+    assert [form.group for form in config.quant_scheme.formats] == [32]
     VllmConfig.create(ModelConfig(model=MODEL + "-awq-4bit", quantization="compressed-tensors"), device="cuda")
+    with pytest.raises(ValueError, match=r"^--quantization awq: .*config\.json says compressed-tensors$"):
+        VllmConfig.create(ModelConfig(model=MODEL + "-awq-4bit", quantization="awq"), device="cuda")
+
+
+@pytest.mark.parametrize("asked", ["fp8", "fp8_e4m3"])
+def test_keys_and_values_in_fp8(asked):
+    assert create(cache_config=CacheConfig(kv_cache_dtype=asked)).cache_config.kv_cache_dtype == "fp8_e4m3"
+
+
+def test_keys_and_values_as_the_checkpoint_asks():
+    model = ModelConfig(model=MODEL + "-awq-4bit")
+    assert VllmConfig.create(model, device="cuda").cache_config.kv_cache_dtype == "bfloat16"
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    overrides = {"quantization_config": {"kv_cache_scheme": scheme}}
+    asking = dataclasses.replace(model, hf_overrides=overrides)
+    assert VllmConfig.create(asking, device="cuda").cache_config.kv_cache_dtype == "fp8_e4m3"
+    plain = CacheConfig(kv_cache_dtype="bfloat16")
+    assert VllmConfig.create(asking, cache_config=plain, device="cuda").cache_config.kv_cache_dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 
 from vllm.config import (
     CacheConfig,
+    CompilationConfig,
     GDNConfig,
     LoadConfig,
     ModelConfig,
@@ -17,7 +18,16 @@ from vllm.engine.arg_parser import human_int
 from vllm.engine.arg_utils import ArgumentParser, EngineArgs
 from vllm.engine.unsupported import UNSUPPORTED, refuse
 
-CONFIGS = (ModelConfig, LoadConfig, CacheConfig, SchedulerConfig, ParallelConfig, GDNConfig, ObservabilityConfig)
+CONFIGS = (
+    ModelConfig,
+    LoadConfig,
+    CacheConfig,
+    SchedulerConfig,
+    ParallelConfig,
+    GDNConfig,
+    CompilationConfig,
+    ObservabilityConfig,
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +81,25 @@ def test_values(parser):
 
 def test_underscores(parser):
     assert parse(parser, "--max_model_len=7 --served_model_name a_b").max_model_len == 7
-    assert parse(parser, "--served_model_name a_b").served_model_name == "a_b"
+    assert parse(parser, "--served_model_name a_b").served_model_name == ["a_b"]
+
+
+def test_several_names(parser):
+    for line in (
+        "--served-model-name a b --dtype auto",
+        "--served-model-name a --served-model-name=b",
+        '--served-model-name=["a","b"]',
+    ):
+        assert parse(parser, "--model m " + line).served_model_name == ["a", "b"]
+    with pytest.raises(ValueError, match="no model: --served-model-name has taken a and m; put the model before it"):
+        parse(parser, "--served-model-name a m")
+    assert EngineArgs("m", served_model_name="a").served_model_name == "a"
+    for wrong in (5, [5], {"a": 1}):
+        with pytest.raises(TypeError, match="served_model_name must be a list of texts or None"):
+            EngineArgs("m", served_model_name=wrong)
+    for wrong in ("", ["a", ""], []):
+        with pytest.raises(ValueError, match="--served-model-name must not be empty"):
+            EngineArgs("preset:tiny", served_model_name=wrong).create_engine_config(device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -126,10 +154,6 @@ def test_mistakes(parser, capsys, line, words):
         '-sc {"method":"mtp"}',
         "--speculative-config.num_speculative_tokens 2",
         "-O3",
-        "-cc.mode 0",
-        "--compilation-config={}",
-        "--async-scheduling",
-        "--no-enforce-eager",
         "--enable-lora",
         "--kv-transfer-config {}",
         "--swap-space 4",
@@ -148,8 +172,6 @@ def test_vllm_flags_are_refused_by_name(parser, capsys, line):
     "line",
     [
         "--no-enable-prefix-caching",
-        "--no-async-scheduling",
-        "--enforce-eager",
         "-pp 1 --data-parallel-size=1",
         "--no-trust-remote-code --no-enable-lora",
         "--swap-space 0",
@@ -208,7 +230,7 @@ def test_not_a_human_int(text):
 def test_keywords():
     assert EngineArgs("m", max_num_seqs=4) == EngineArgs.from_kwargs(model="m", max_num_seqs=4)
     assert EngineArgs(enable_prefix_caching=False, pipeline_parallel_size=1, speculative_config=None) == EngineArgs()
-    assert EngineArgs(swap_space=0, enforce_eager=True) == EngineArgs()
+    assert EngineArgs(swap_space=0) == EngineArgs()
     assert dataclasses.replace(EngineArgs("m"), seed=3).seed == 3
 
 

@@ -1,7 +1,9 @@
 """The offline API as a user meets it: right answers, and one clear line for what cannot be."""
 
+import gzip
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
@@ -45,6 +47,29 @@ def test_token_ids_are_prompts_too(llm):
     for form in (ids, [ids], {"prompt_token_ids": ids}, [{"prompt_token_ids": ids}]):
         [output] = llm.generate(form, SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
         assert output.prompt_token_ids == ids and output.outputs[0].text.startswith("46")
+
+
+def test_a_profile_and_an_empty_cache(llm, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    assert llm.reset_prefix_cache() is True
+    with pytest.raises(ValueError, match="start one first"):
+        llm.stop_profile()
+    llm.start_profile()
+    with pytest.raises(ValueError, match="already"):
+        llm.start_profile()
+    llm.generate("12+34=", SamplingParams(max_tokens=2), use_tqdm=False)
+    path = llm.stop_profile()
+    assert path.startswith(str(tmp_path / "profiles")) and b"aten::" in gzip.decompress(Path(path).read_bytes())
+
+
+def test_metrics(llm):
+    before = {metric.name: metric for metric in llm.get_metrics()}
+    llm.generate(["12+34=", "1"], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+    after = {metric.name: metric for metric in llm.get_metrics()}
+    name = "vllm:generation_tokens"
+    assert after[name].value - before[name].value == 6 and after["vllm:num_requests_running"].value == 0
+    name = "vllm:e2e_request_latency_seconds"
+    assert after[name].count - before[name].count == 2 and "vllm:spec_decode_num_drafts" in after
 
 
 def test_progress_bars_can_be_turned_off(tiny_model, capfd):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -37,6 +38,7 @@ from vllm.model_executor.layers.ops import skinny_gemm
 
 TYPES = {
     torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int32: "*i32",
@@ -132,8 +134,8 @@ def launch_all(dtype: torch.dtype, state_dtype: torch.dtype, K: int, V: int, Hk:
     fused_decode.fused_gdn_decode_triton(x, z, a, a, windows, weight, None, A_log, dt_bias, norm, 1e-6, state, index)
 
 
-def record(cases: list[tuple]) -> list[Recorded]:
-    """What the launchers would launch at these sizes, each distinct kernel once."""
+def record(cases: list[tuple], launch: Callable[..., None] = launch_all) -> list[Recorded]:
+    """What `launch` would launch at these sizes, each distinct kernel once."""
     seen: dict[str, Recorded] = {}
 
     def run(self, *args, grid, warmup, **kwargs):
@@ -143,7 +145,7 @@ def record(cases: list[tuple]) -> list[Recorded]:
     original, JITFunction.run = JITFunction.run, run
     try:
         for sizes in cases:
-            launch_all(*sizes)
+            launch(*sizes)
     finally:
         JITFunction.run = original
     return list(seen.values())
@@ -169,6 +171,25 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found.get("REG", 0)), "stack": int(found.get("STACK", 0))}
 
 
+def compile_for(arch: int, recorded: Recorded) -> dict[str, object]:
+    """One kernel for one GPU: its tile, shared memory, registers and the time it took."""
+    fn, signature, constants, attributes, launch = recorded
+    begin = time.time()
+    kernel = triton.compile(
+        ASTSource(fn, signature, constants, attributes), target=GPUTarget("cuda", arch, 32), options=launch
+    )
+    tile = {name: x for name, x in constants.items() if name in ("BT", "BK", "BV", "BD", "BM", "BN")}
+    return {
+        "kernel": fn.fn.__name__,
+        "arch": arch,
+        **tile,
+        **launch,
+        "shared": kernel.metadata.shared,
+        **usage(kernel.asm["cubin"]),
+        "seconds": round(time.time() - begin, 2),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, action="append", help="compute capability, 90 or 120; may be repeated")
@@ -179,21 +200,9 @@ def main() -> None:
     for module in (fused_decode, skinny_gemm):
         module.overlaps_launches = lambda device: True
     for case in options.case or CASES:
-        recorded = record(CASES[case])
-        for fn, signature, constants, attributes, launch in recorded:
+        for recorded in record(CASES[case]):
             for arch in options.arch or (90, 120):
-                begin = time.time()
-                kernel = triton.compile(
-                    ASTSource(fn, signature, constants, attributes), target=GPUTarget("cuda", arch, 32), options=launch
-                )
-                tile = {name: constants[name] for name in ("BT", "BK", "BV", "BD") if name in constants}
-                line = {"case": case, "kernel": fn.fn.__name__, "arch": arch, **tile, **launch}
-                line |= {
-                    "shared": kernel.metadata.shared,
-                    **usage(kernel.asm["cubin"]),
-                    "seconds": round(time.time() - begin, 2),
-                }
-                print(json.dumps(line), flush=True)
+                print(json.dumps({"case": case, **compile_for(arch, recorded)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import itertools
 import torch
 
 from tests.kernels.test_fused_decode import make
+from tests.kernels.test_skinny_gemm import QUANTISED, quantised
 from vllm import _custom_ops
 from vllm.model_executor.layers.fla.ops import (
     chunk_gated_delta_rule,
@@ -24,7 +25,7 @@ from vllm.model_executor.layers.fla.ops import (
 from vllm.model_executor.layers.fla.ops.fused_decode import fused_gdn_decode_triton
 from vllm.model_executor.layers.fla.ops.fused_decode_cuda import fused_gdn_decode_cuda
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from vllm.model_executor.layers.ops.skinny_gemm import skinny_gemm_triton
+from vllm.model_executor.layers.ops.skinny_gemm import skinny_gemm_cuda, skinny_gemm_triton
 
 
 def decode(csrc: bool) -> None:
@@ -77,16 +78,23 @@ def prefill() -> None:
         )
 
 
-def projections() -> None:
+def projections(csrc: bool) -> None:
     weight = torch.randn(45, 512, device="cuda").bfloat16()
     for rows in (1, 3, 16, 20):
         skinny_gemm_triton(torch.randn(rows, 512, device="cuda").bfloat16(), weight)
+    if not csrc:
+        return
+    for rows, columns in itertools.product((1, 9, 32), (512, 2048)):
+        x = torch.randn(rows, columns, device="cuda").bfloat16()
+        skinny_gemm_cuda(x, torch.randn(1100, columns, device="cuda").bfloat16())
+    for form in QUANTISED:
+        skinny_gemm_cuda(torch.randn(9, 2048, device="cuda").bfloat16(), quantised(form, 45, 2048))
 
 
 def main() -> None:
     torch.manual_seed(0)
     csrc = _custom_ops.available("cuda")
-    for stage in (lambda: decode(csrc), prefill, projections):
+    for stage in (lambda: decode(csrc), prefill, lambda: projections(csrc)):
         stage()
         torch.cuda.synchronize()
     print("all kernels launched" if csrc else "all kernels launched but csrc's, which is not built")

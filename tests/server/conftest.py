@@ -20,7 +20,7 @@ def large():
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def small():
     """Short answers only, and few at once: whatever a request asks for is done soon."""
     limits = ("--max-model-len", 128, "--max-num-seqs", 16, "--max-num-queued-requests", 16)

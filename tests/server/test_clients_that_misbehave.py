@@ -85,7 +85,7 @@ def test_the_log_says_nothing_of_it(server):
 
 def test_a_client_that_reads_nothing(server):
     """It holds no page and no slot once its tokens are made, others go on beside it, and its whole answer waits for it."""
-    slow = begin_and_read(server, {**LONG, "max_tokens": 700, "return_token_ids": True}, receive_buffer=4096)
+    slow = begin_and_read(server, {**LONG, "max_tokens": 1500, "return_token_ids": True}, receive_buffer=4096)
     fields = {"temperature": 0, "stop": "\n", "max_tokens": 8, "stream": True}
     answers = asyncio.run(
         post_all(server.port, "/v1/completions", [{"prompt": f"{a}+11=", **fields} for a in range(20, 70)])
@@ -95,7 +95,7 @@ def test_a_client_that_reads_nothing(server):
     text = read_all(slow)
     lines = [line for line in text.replace(b"\r", b"").split(b"\n") if line.startswith(b"data: {")]
     tokens = [token for line in lines[1:] for token in json.loads(line[6:])["choices"][0]["token_ids"]]
-    assert 650 < len(tokens) <= 700 and text.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert 1450 < len(tokens) <= 1500 and text.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
 
 
 @pytest.fixture(scope="module")

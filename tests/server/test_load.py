@@ -80,14 +80,16 @@ def run_counting_wave(server, tokens):
 
 
 def test_every_token_of_a_thousand_streams_in_order(stub):
-    run_counting_wave(stub, 20)
+    """The first waves find out how many streams there are at once, which is a matter of time; after them memory stays as it is."""
+    for _ in range(2):
+        run_counting_wave(stub, 40)
     before = resident(stub)
     for _ in range(2):
         run_counting_wave(stub, 40)
     until_idle(stub)
     after = resident(stub)
     assert all(after[name] - before[name] <= 8 for name in before), (before, after)
-    assert metric(stub, "generation_tokens_total") == WAVE * 100
+    assert metric(stub, "generation_tokens_total") == WAVE * 160
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ NEVER = {
 
 # Libraries of the HTTP server. The in-process engine does without them.
 WEB = ("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "sse_starlette", "pydantic", "prometheus_client")
-WEB_HOME = ("vllm.entrypoints.openai", "vllm.v1.metrics")
+WEB_HOME = ("vllm.entrypoints.openai", "vllm.v1.metrics", "vllm.benchmarks.http_client")
 
 
 def within(module: str, prefix: str) -> bool:

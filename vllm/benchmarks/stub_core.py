@@ -72,3 +72,24 @@ class SlowStubCore(StubCore):
     """A token every twenty milliseconds, as large models give them."""
 
     seconds_a_step = 0.02
+
+
+class ScheduledStubCore(StubCore):
+    """A token every twenty milliseconds by the clock: a step that ends late takes nothing from the next one's time.
+
+    So `n` tokens take `n` steps' time, and whatever they take longer than that is the way behind the core.
+    """
+
+    seconds_a_step = 0.02
+
+    def __init__(self, config: VllmConfig) -> None:
+        super().__init__(config)
+        self._due: float | None = None
+
+    def check_idle(self) -> None:
+        self._due = None
+
+    def _wait(self) -> None:
+        now = time.monotonic()
+        self._due = (now if self._due is None else self._due) + self.seconds_a_step
+        time.sleep(max(0.0, self._due - now))

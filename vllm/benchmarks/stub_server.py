@@ -1,19 +1,19 @@
 """`vllm serve` in front of a core without a model: quick to start, and what it answers is known beforehand.
 
-python -m vllm.benchmarks.stub_server slow|paced|fast MODEL [flags of vllm serve]
+python -m vllm.benchmarks.stub_server slow|scheduled|paced|fast MODEL [flags of vllm serve]
 """
 
 from __future__ import annotations
 
 import sys
 
-from vllm.benchmarks.stub_core import PacedStubCore, SlowStubCore, StubCore
+from vllm.benchmarks.stub_core import PacedStubCore, ScheduledStubCore, SlowStubCore, StubCore
 from vllm.engine.arg_parser import ArgumentParser
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.cli_args import add_server_args, server_args
 from vllm.entrypoints.openai.launcher import serve
 
-CORES = {"slow": SlowStubCore, "paced": PacedStubCore, "fast": StubCore}
+CORES = {"slow": SlowStubCore, "scheduled": ScheduledStubCore, "paced": PacedStubCore, "fast": StubCore}
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ from vllm.config.knob import check_at_least, check_choices, knob
 class CacheConfig:
     """Two pools: pages of `block_size` tokens for attention, one slot a running sequence for GDN state.
 
-    Inside a VllmConfig the three precisions are names of dtypes, never "auto".
+    Inside a VllmConfig the three precisions are names of dtypes, never "auto"; eight-bit floats are "fp8_e4m3".
     """
 
     block_size: int = knob(16, "Tokens in one page of attention keys and values.", choices=(16, 32, 64, 128))
@@ -21,8 +21,8 @@ class CacheConfig:
     )
     kv_cache_dtype: str = knob(
         "auto",
-        "Precision of attention keys and values; auto is the model's, and no other is supported.",
-        choices=("auto", "bfloat16", "float16", "float32"),
+        "Precision of attention keys and values; auto is fp8 where the checkpoint asks for it, else the model's.",
+        choices=("auto", "fp8", "fp8_e4m3", "bfloat16", "float16", "float32"),
     )
     num_gpu_blocks_override: int | None = knob(None, "Number of pages, whatever the memory profile says.")
     mamba_cache_dtype: str = knob(

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from vllm.config.cache import CacheConfig
 from vllm.config.checkpoint import load_hf_config, resolve_model
+from vllm.config.compilation import CompilationConfig
 from vllm.config.gdn import GDNConfig
 from vllm.config.hf_config import HFConfig
 from vllm.config.model import LoadConfig, ModelConfig
 from vllm.config.observability import ObservabilityConfig
 from vllm.config.parallel import ParallelConfig
-from vllm.config.quantization import QuantScheme, parse_quantization
+from vllm.config.quantization import QuantConfig, parse_quantization
 from vllm.config.scheduler import SchedulerConfig
 
 
@@ -29,6 +30,7 @@ class VllmConfig:
     scheduler_config: SchedulerConfig = field(default_factory=SchedulerConfig)
     parallel_config: ParallelConfig = field(default_factory=lambda: ParallelConfig(device="cpu"))
     gdn_config: GDNConfig = field(default_factory=GDNConfig)
+    compilation_config: CompilationConfig = field(default_factory=CompilationConfig)
     observability_config: ObservabilityConfig = field(default_factory=ObservabilityConfig)
 
     @classmethod
@@ -40,6 +42,7 @@ class VllmConfig:
         scheduler_config: SchedulerConfig | None = None,
         parallel_config: ParallelConfig | None = None,
         gdn_config: GDNConfig | None = None,
+        compilation_config: CompilationConfig | None = None,
         observability_config: ObservabilityConfig | None = None,
         *,
         device: str | None = None,
@@ -53,6 +56,7 @@ class VllmConfig:
         """
         model, load = model_config or ModelConfig(), load_config or LoadConfig()
         cache, parallel = cache_config or CacheConfig(), parallel_config or ParallelConfig()
+        scheduler = scheduler_config or SchedulerConfig()
         if model.hf_config is None:
             weights = load.load_format != "dummy"
             folder = resolve_model(model.model, model.revision, load.download_dir, weights=weights)
@@ -61,17 +65,19 @@ class VllmConfig:
         device = device or parallel.resolve_device()
         dtype = model.dtype if model.dtype != "auto" else hf.text.torch_dtype if device == "cuda" else "float32"
 
+        names = model.given_names or [model.model]
         model = replace(
             model,
             dtype=dtype,
-            served_model_name=model.served_model_name or model.model,
+            served_model_name=names[0],
+            served_model_names=names,
             tokenizer=_tokenizer(model),
             quantization=_quantization(model, hf),
             max_model_len=model.max_model_len or hf.text.max_position_embeddings,
         )
         cache = replace(
             cache,
-            kv_cache_dtype=dtype if cache.kv_cache_dtype == "auto" else cache.kv_cache_dtype,
+            kv_cache_dtype=_kv_cache_dtype(cache.kv_cache_dtype, model),
             mamba_cache_dtype=dtype if cache.mamba_cache_dtype == "auto" else cache.mamba_cache_dtype,
             mamba_ssm_cache_dtype=(
                 hf.text.mamba_ssm_dtype if cache.mamba_ssm_cache_dtype == "auto" else cache.mamba_ssm_cache_dtype
@@ -81,9 +87,13 @@ class VllmConfig:
             model_config=model,
             load_config=load,
             cache_config=cache,
-            scheduler_config=scheduler_config or SchedulerConfig(),
+            scheduler_config=replace(
+                scheduler,
+                async_scheduling=device == "cuda" if scheduler.async_scheduling is None else scheduler.async_scheduling,
+            ),
             parallel_config=replace(parallel, device=device),
             gdn_config=gdn_config or GDNConfig(),
+            compilation_config=compilation_config or CompilationConfig(),
             observability_config=observability_config or ObservabilityConfig(),
         )
 
@@ -101,9 +111,9 @@ class VllmConfig:
                 f"--no-enable-chunked-prefill needs --max-num-batched-tokens ({scheduler.max_num_batched_tokens}) of at "
                 f"least --max-model-len ({model.max_model_len}): a prompt must fit one step"
             )
-        if cache.kv_cache_dtype != model.dtype:
+        if cache.kv_cache_dtype not in (model.dtype, "fp8_e4m3"):
             raise ValueError(
-                f"--kv-cache-dtype {cache.kv_cache_dtype}: keys and values are kept in the model's precision ({model.dtype})"
+                f"--kv-cache-dtype {cache.kv_cache_dtype}: keys and values are kept in the model's precision ({model.dtype}) or in fp8"
             )
 
     def _resolved(self) -> tuple[str, ...]:
@@ -116,7 +126,7 @@ class VllmConfig:
         return self.model_config.hf_config
 
     @property
-    def quant_scheme(self) -> QuantScheme | None:
+    def quant_scheme(self) -> QuantConfig | None:
         """How the checkpoint is quantised; None for plain weights."""
         return parse_quantization(self.hf_config.quantization)
 
@@ -127,6 +137,13 @@ def _tokenizer(model: ModelConfig) -> str:
     if model.tokenizer.startswith("preset:"):
         return str(resolve_model(model.tokenizer))
     return str(Path(model.tokenizer).expanduser()) if model.tokenizer.startswith("~") else model.tokenizer
+
+
+def _kv_cache_dtype(asked: str, model: ModelConfig) -> str:
+    if asked == "auto":
+        quant = parse_quantization(model.hf_config.quantization)
+        return "fp8_e4m3" if quant is not None and quant.kv_cache_fp8 else model.dtype
+    return "fp8_e4m3" if asked == "fp8" else asked
 
 
 def _quantization(model: ModelConfig, hf: HFConfig) -> str | None:

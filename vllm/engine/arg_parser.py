@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import json
 import re
 import sys
@@ -44,11 +45,12 @@ def texts(text: str) -> list[str]:
 
 
 class CollectTexts(argparse.Action):
-    """Several uses of a flag add up; the first one replaces the default."""
+    """Several uses of a flag add up, and so do several values of one; the first use replaces the default."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         given = getattr(namespace, self.dest, None)
-        setattr(namespace, self.dest, [*([] if given is self.default else given), *values])
+        lists = [values] if self.nargs is None else values
+        setattr(namespace, self.dest, [*([] if given is self.default else given), *itertools.chain(*lists)])
 
 
 class MergeJson(argparse.Action):

@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm.config import (
     CacheConfig,
+    CompilationConfig,
     GDNConfig,
     LoadConfig,
     ModelConfig,
@@ -37,6 +38,7 @@ _CONFIGS = {
     "scheduler_config": SchedulerConfig,
     "parallel_config": ParallelConfig,
     "gdn_config": GDNConfig,
+    "compilation_config": CompilationConfig,
     "observability_config": ObservabilityConfig,
 }
 _TITLES = {
@@ -46,6 +48,7 @@ _TITLES = {
     "scheduler_config": "scheduling",
     "parallel_config": "device",
     "gdn_config": "Gated DeltaNet",
+    "compilation_config": "CUDA graphs",
     "observability_config": "statistics",
 }
 _KNOBS = {name: [f for f in dataclasses.fields(cls) if is_knob(f)] for name, cls in _CONFIGS.items()}
@@ -114,8 +117,11 @@ class EngineArgs(_Fields):
         """
         values = {f.name: getattr(args, f.name) for f in dataclasses.fields(_Fields) if hasattr(args, f.name)}
         tag = getattr(args, "model_tag", None)
+        default = next(f.default for f in dataclasses.fields(_Fields) if f.name == "model")
+        names = values.get("served_model_name") or []
+        if tag is None and len(names) > 1 and values.get("model", default) == default:
+            raise ValueError(f"no model: --served-model-name has taken {' and '.join(names)}; put the model before it")
         if tag is not None:
-            default = next(f.default for f in dataclasses.fields(_Fields) if f.name == "model")
             if values.get("model", default) not in (default, tag):
                 raise ValueError(f"two models: {tag} and --model {values['model']}; give one")
             values["model"] = tag
@@ -142,18 +148,22 @@ def _fits(value: Any, hint: Any) -> bool:
     kind = _plain_type(hint)
     if kind in (int, float) and isinstance(value, bool):
         return False
-    return isinstance(value, (int, float) if kind is float else kind)
+    if kind is list and isinstance(value, list):
+        return all(isinstance(item, str) for item in value)
+    one_will_do = kind is list and str in typing.get_args(hint)
+    return isinstance(value, (int, float) if kind is float else str if one_will_do else kind)
 
 
 def _type_name(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", dict: "a dictionary"}
+    names |= {list: "a list of texts"}
     return names[_plain_type(hint)] + (" or None" if type(None) in typing.get_args(hint) else "")
 
 
 def _plain_type(hint: Any) -> Any:
-    """int | None -> int; dict[str, Any] -> dict."""
+    """int | None -> int; dict[str, Any] -> dict; str | list[str] -> list."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        (hint,) = [a for a in typing.get_args(hint) if a is not type(None)]
+        hint = [a for a in typing.get_args(hint) if a is not type(None)][-1]
     return typing.get_origin(hint) or hint
 
 
@@ -174,6 +184,8 @@ def add_flag(group: Any, f: dataclasses.Field, hint: Any) -> None:
         group.add_argument(*names, action=MergeJson, type=json_object, metavar="JSON", **options)
         return
     if kind is list:
+        if f.metadata["many"]:
+            options["nargs"] = "+"
         group.add_argument(*names, action=CollectTexts, type=texts, metavar="TEXT", **options)
         return
     choices = f.metadata["choices"]

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.outputs import RequestOutput
+from vllm.reasoning import ReasoningParserManager
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.metrics.reader import Metric
@@ -20,6 +21,7 @@ class LLM:
 
     Args:
         model: folder of a checkpoint, a Hugging Face model id, or ``preset:NAME``.
+        reasoning_parser: says where thinking begins and ends, for requests with a `thinking_token_budget`.
         **engine_args: any flag of `vllm serve` that concerns the engine, as a keyword (`max_model_len=4096`).
 
     Raises:
@@ -27,10 +29,12 @@ class LLM:
         ValueError, FileNotFoundError: an impossible value, an unreadable model, or one that does not fit.
     """
 
-    def __init__(self, model: str, **engine_args: Any) -> None:
+    def __init__(self, model: str, *, reasoning_parser: str | None = None, **engine_args: Any) -> None:
+        parser = ReasoningParserManager.get_reasoning_parser(reasoning_parser) if reasoning_parser else None
         config = EngineArgs.from_kwargs(model=model, **engine_args).create_engine_config()
         self.llm_engine = LLMEngine(config)
         self._counter = itertools.count()
+        self._thinking_token_ids = parser.token_ids(self.get_tokenizer()) if parser else None
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer of the model."""
@@ -43,6 +47,22 @@ class LLM:
     def get_metrics(self) -> list[Metric]:
         """What the engine has counted and timed since its start, as Counter, Gauge and Histogram of vllm.v1.metrics.reader."""
         return self.llm_engine.metrics.snapshot()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget what is cached of prompts, which is nothing in this version. Whether nothing is cached now."""
+        return self.llm_engine.core.reset_prefix_cache()
+
+    def start_profile(self) -> None:
+        """Record what the engine does, with torch.profiler, until `stop_profile`. Raises ValueError if it is recorded."""
+        self.llm_engine.core.start_profile()
+
+    def stop_profile(self) -> str:
+        """Write the record into VLLM_TORCH_PROFILER_DIR (else VLLM_CACHE_ROOT/profiles), and return the file's path.
+
+        Raises:
+            ValueError: nothing is being recorded.
+        """
+        return self.llm_engine.core.stop_profile()
 
     def generate(
         self,
@@ -119,9 +139,10 @@ class LLM:
     def _add(self, request_id: str, prompt: Any, params: SamplingParams | None, priority: int) -> None:
         params = params or self.get_default_sampling_params()
         # Nobody sees anything but the end, so nothing else is put together.
-        self.llm_engine.add_request(
-            request_id, prompt, params.clone(output_kind=RequestOutputKind.FINAL_ONLY), priority
-        )
+        changes: dict[str, Any] = {"output_kind": RequestOutputKind.FINAL_ONLY}
+        if params.thinking_token_budget is not None:
+            changes["thinking_token_ids"] = params.thinking_token_ids or self._thinking_token_ids
+        self.llm_engine.add_request(request_id, prompt, params.clone(**changes), priority)
 
     def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}

@@ -25,6 +25,8 @@ class Slot:
         region: index into the parameter: slices of leading dimensions; () is all of it.
         transform: from the file's tensor to the region's (a shard, another row order, another packing).
         layout: of alternative ways to fill one parameter, which one this slot belongs to: "" is the usual one, tensor by tensor.
+        dtypes: safetensors' names of the types it may have; (): any float or any integer, as the parameter is.
+        on_device: the transform costs more than the copy, so the tensor moves first.
     """
 
     name: str
@@ -33,6 +35,8 @@ class Slot:
     region: tuple[slice | int, ...] = ()
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None
     layout: str = ""
+    dtypes: tuple[str, ...] = ()
+    on_device: bool = False
 
 
 @dataclass(frozen=True, eq=False)

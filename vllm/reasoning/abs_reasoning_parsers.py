@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vllm.reasoning.registry import ParserManager
 
@@ -18,6 +18,7 @@ class ReasoningParser(ABC):
 
     start_marker: ClassVar[str]
     end_marker: ClassVar[str]
+    call_marker: ClassVar[str | None] = None
 
     def __init__(self, thinking: bool = True, calls_end_reasoning: bool = True) -> None:
         self.thinking = thinking
@@ -27,6 +28,29 @@ class ReasoningParser(ABC):
     def prompt_opens_thinking(cls, prompt: str) -> bool:
         """Whether a rendered prompt ends inside a thinking block: the truth about `thinking`, whatever the template's defaults."""
         return prompt.rstrip().endswith(cls.start_marker)
+
+    @classmethod
+    def token_ids(cls, tokenizer: Any, calls_end_reasoning: bool = True) -> list[int]:
+        """The start marker's token, the end marker's, and with `calls_end_reasoning` the call marker's if it is one token.
+
+        Args:
+            tokenizer: of transformers.
+
+        Raises:
+            ValueError: the start or the end marker is no single token of this tokenizer's.
+        """
+        markers = (
+            cls.start_marker,
+            cls.end_marker,
+            *([cls.call_marker] if calls_end_reasoning and cls.call_marker else []),
+        )
+        # A marker that is no token gives None, or the id of the tokenizer's unknown token.
+        ids = [tokenizer.convert_tokens_to_ids(marker) for marker in markers]
+        found = [i is not None and tokenizer.convert_ids_to_tokens(i) == marker for i, marker in zip(ids, markers)]
+        if not all(found[:2]):
+            missing = " and no token ".join(marker for marker, known in zip(markers[:2], found) if not known)
+            raise ValueError(f"the model's tokenizer has no token {missing}")
+        return [i for i, known in zip(ids, found) if known]
 
     @property
     @abstractmethod

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from vllm.reasoning.abs_reasoning_parsers import ReasoningParser
 
-_CALL = "<tool_call>"
 _MAX_INDENT = 64
 
 
@@ -25,10 +24,11 @@ class Qwen3ReasoningParser(ReasoningParser):
 
     start_marker = "<think>"
     end_marker = "</think>"
+    call_marker = "<tool_call>"
 
     def __init__(self, thinking: bool = True, calls_end_reasoning: bool = True) -> None:
         super().__init__(thinking, calls_end_reasoning)
-        self._markers = (self.end_marker, _CALL) if calls_end_reasoning else (self.end_marker,)
+        self._markers = (self.end_marker, self.call_marker) if calls_end_reasoning else (self.end_marker,)
         self._step = self._read_start
         self._text = ""  # not yet settled
         self._newlines = 0  # at the end of the reasoning so far, not yet sent

@@ -48,6 +48,7 @@ class Request:
     scheduled_time: float | None = None  # when it was first admitted
     has_output: bool = False  # the front end has heard of it at least once
     num_prompt_logprobs_delivered: int = 0
+    num_preemptions: int = 0
     constraint: Constraint | None = None  # the form that its text must have, and how far it has come
 
     @classmethod
@@ -76,8 +77,21 @@ class Request:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Known tokens that no step has been given yet: one while decoding, none while a sample is under way."""
+        """Known tokens that no step has been given yet: one while decoding, none while a sample is under way.
+
+        Steps may be given tokens that are still being sampled, so that it can be negative.
+        """
         return len(self.prompt_token_ids) + len(self.output_token_ids) - self.num_computed_tokens
+
+    @property
+    def must_know_tokens(self) -> bool:
+        """Whether its next token depends on what the one before it was, beyond what the model makes of it."""
+        return self.constraint is not None and self.constraint.must_know_tokens
+
+    @property
+    def num_under_way(self) -> int:
+        """Samples that scheduled steps will take and whose values are not known yet."""
+        return max(0, 1 - self.num_uncomputed_tokens)
 
     @property
     def all_token_ids(self) -> list[int]:

@@ -54,6 +54,8 @@ class FakeEngine:
 
 
 class FakeStream:
+    """An output "abort" or "abort REASON" is the end of a request that was dropped."""
+
     def __init__(self, engine, request_id, token_ids):
         self._engine, self._request_id, self._token_ids = engine, request_id, token_ids
         self._texts = list(engine.texts)
@@ -71,8 +73,8 @@ class FakeStream:
             raise text
         last = not self._texts
         completion = CompletionOutput(0, text, [5], finish_reason="stop" if last else None)
-        if text == "abort":
-            completion.finish_reason = "abort"
+        if text.startswith("abort"):
+            completion.finish_reason, completion.stop_reason = "abort", text[6:] or None
         return RequestOutput(self._request_id, None, self._token_ids, None, [completion], last)
 
     async def aclose(self):

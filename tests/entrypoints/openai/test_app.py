@@ -6,8 +6,10 @@ import time
 import pytest
 
 from tests.entrypoints.openai.fake_engine import FakeEngine, app_of, ask
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.checkpoint import TINY
 from vllm.entrypoints.openai import middleware
-from vllm.v1.engine.exceptions import EngineDeadError, EngineOverloadedError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineOverloadedError, EngineStalledError
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 PATH = "/v1/chat/completions"
@@ -103,6 +105,58 @@ def test_too_many_requests(stream):
     assert refused.json()["error"]["message"] == "256 sequences run or wait" and engine.open == 0
 
 
+@pytest.mark.parametrize(
+    ("end", "code", "message"),
+    [
+        ("abort", 400, "the answer was given up: its text could not go on in the form that was asked for"),
+        ("abort its structured output cannot be compiled", 400, "given up: its structured output cannot be compiled"),
+        ("abort the server is shutting down", 503, "the request was aborted: the server is shutting down"),
+    ],
+)
+def test_an_answer_that_cannot_keep_its_form(end, code, message):
+    """Not the server's end, and nothing that trying again would help."""
+    body = {**CHAT, "structured_outputs": {"regex": "a+"}}
+    refused = ask(app_of(FakeEngine("4", end)), "POST", PATH, json=body)
+    assert refused.status_code == code and message in refused.json()["error"]["message"]
+
+
+def test_an_engine_that_hangs():
+    """It takes requests, which may yet be answered; /health tells."""
+    engine = FakeEngine("46")
+    engine.dead = EngineStalledError("a step of the engine has taken 400 s so far")
+    app = app_of(engine)
+    for path in ("/health", "/ping"):
+        refused = ask(app, "GET", path)
+        assert (refused.status_code, refused.json()["error"]["message"]) == (503, str(engine.dead))
+    engine.dead = None
+    assert ask(app, "GET", "/health").status_code == 200
+
+
+def test_several_names():
+    names = ["first", "second"]
+    config = VllmConfig.create(ModelConfig(model=str(TINY), served_model_name=[*names, "first"]), device="cpu")
+    app = app_of(FakeEngine("46", config=config))
+    for path in ("/v1/models", "/v1/models/"):
+        assert [card["id"] for card in ask(app, "GET", path).json()["data"]] == names
+    assert ask(app, "GET", "/v1/models/second").json()["id"] == "second"
+    for name in (*names, None):
+        assert ask(app, "POST", PATH, json={**CHAT, "model": name}).json()["model"] == "first"
+    refused = ask(app, "POST", PATH, json={**CHAT, "model": "third"})
+    assert refused.status_code == 404 and "this server has: first, second" in refused.json()["error"]["message"]
+
+
+def test_head():
+    """As GET, without the body."""
+    app = app_of()
+    for path in ("/health", "/ping", "/version", "/load", "/v1/models", "/openapi.json", "/nowhere"):
+        head, get = ask(app, "HEAD", path), ask(app, "GET", path)
+        assert (head.status_code, head.content) == (get.status_code, b"")
+        assert head.headers.get("content-length") == get.headers.get("content-length")
+    refused = ask(app, "HEAD", PATH)
+    assert (refused.status_code, refused.headers["allow"], refused.content) == (405, "POST", b"")
+    assert ask(app_of(api_key=["k"]), "HEAD", "/v1/models").status_code == 401
+
+
 def test_a_dead_engine():
     engine = FakeEngine(refuses=EngineDeadError("the engine process was killed"))
     engine.dead = engine.refuses
@@ -117,7 +171,8 @@ def test_a_dead_engine():
     [
         (EngineDeadError("it was killed"), 503, "it was killed"),
         (RuntimeError("a secret of ours"), 500, "internal error; the server's log says more"),
-        ("abort", 503, "the request was aborted: the server is shutting down"),
+        ("abort the server is shutting down", 503, "the request was aborted: the server is shutting down"),
+        ("abort", 503, "the request was aborted: the engine has dropped it"),
     ],
 )
 def test_an_error_on_the_way(error, code, message):

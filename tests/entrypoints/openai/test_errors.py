@@ -82,7 +82,7 @@ COMMON = [
     ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs"),
     ({"best_of": 3}, "best_of"),
     ({"guided_json": {"type": "object"}}, "structured_outputs"),
-    ({"thinking_token_budget": 0}, "thinking_token_budget"),
+    ({"thinking_token_budget": -2}, "thinking_token_budget"),
     ({"use_beam_search": True}, "beam"),
     ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
 ]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vllm.forward_context import PAD_SLOT_ID, ForwardContext, PagedAttentionMetadata, set_forward_context
-from vllm.model_executor.layers import attention
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.ops import attention_torch
 
 BLOCK, BLOCKS = 4, 40
 
@@ -107,7 +107,7 @@ def test_padding_tokens_after_the_last_chunk():
 
 @pytest.mark.parametrize("budget", [1, 1000, 5000])
 def test_pieces_do_not_change_the_result(budget, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_BYTES", budget)
+    monkeypatch.setattr(attention_torch, "MAX_BYTES", budget)
     for work in WORK.values():
         Case(work).check()
 

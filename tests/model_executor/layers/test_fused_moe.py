@@ -4,10 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vllm.config.checkpoint import load_hf_config, resolve_model
 from vllm.distributed import parallel_state
 from vllm.distributed.parallel_state import TensorParallelGroup, use_group
 from vllm.model_executor.layers.fused_moe import FusedMoE, experts, topk_softmax
 from vllm.model_executor.layers.fused_moe.experts import ExpertsPlan, plan_experts
+from vllm.model_executor.layers.quantization.plan import ConfigPlan
+from vllm.model_executor.models.qwen3_5 import SparseMoE
 
 E, D, I, K = 8, 32, 16, 3
 
@@ -79,17 +82,26 @@ def test_router(seed):
 
 
 def test_plan_is_a_pure_function_of_the_problem():
-    gpu = {"device": "cuda", "grouped_matmul": True, "dense_is_free": True}
-    assert plan_experts(8, 256, device="cpu", grouped_matmul=False, dense_is_free=True) == ExpertsPlan("loop")
-    assert plan_experts(8, 256, **gpu).way == plan_experts(60000, 256, **gpu).way == "grouped"
+    gpu = {"device": "cuda", "kernels": False, "tiles": False, "grouped_matmul": True, "dense_is_free": True}
+    assert plan_experts(1, 8, 256, **gpu | {"device": "cpu", "kernels": True}) == ExpertsPlan("loop")
+    assert plan_experts(1, 8, 256, **gpu).way == plan_experts(7500, 8, 256, **gpu).way == "grouped"
+    ours = gpu | {"kernels": True, "tiles": True}
+    assert plan_experts(1, 8, 256, **ours).way == plan_experts(12, 8, 256, **ours).way == "few"
+    assert plan_experts(13, 8, 256, **ours) == plan_experts(256, 8, 256, **ours) == ExpertsPlan("tiles", 16)
+    assert plan_experts(1024, 8, 256, **ours) == ExpertsPlan("tiles", 32)
+    assert plan_experts(8192, 8, 256, **ours) == ExpertsPlan("tiles", 64)
+    assert plan_experts(8192, 8, 256, **ours | {"dense_is_free": False}) == ExpertsPlan("tiles", 32)
+    assert plan_experts(16, 8, 256, **ours | {"tiles": False}).way == "few"
+    assert plan_experts(17, 8, 256, **ours | {"tiles": False}).way == "grouped"
+    assert plan_experts(0, 8, 256, **ours).way == "grouped"
     packed = {**gpu, "dense_is_free": False}
-    assert plan_experts(8, 256, **packed) == ExpertsPlan("blocks", 1)
-    assert plan_experts(4096, 256, **packed).way == "grouped"
+    assert plan_experts(1, 8, 256, **packed) == ExpertsPlan("blocks", 1)
+    assert plan_experts(512, 8, 256, **packed).way == "grouped"
     old = {**gpu, "grouped_matmul": False}
-    assert plan_experts(256, 256, **old) == ExpertsPlan("blocks", 1)
-    assert plan_experts(257, 256, **old) == ExpertsPlan("blocks", 16)
-    assert plan_experts(256 * 40, 256, **old) == ExpertsPlan("blocks", 64)
-    assert plan_experts(256 * 4000, 256, **old) == ExpertsPlan("blocks", 128)
+    assert plan_experts(32, 8, 256, **old) == ExpertsPlan("blocks", 1)
+    assert plan_experts(33, 8, 256, **old) == ExpertsPlan("blocks", 16)
+    assert plan_experts(8 * 160, 8, 256, **old) == ExpertsPlan("blocks", 64)
+    assert plan_experts(8 * 16000, 8, 256, **old) == ExpertsPlan("blocks", 128)
 
 
 def build(stacks, size=1, rank=0):
@@ -109,7 +121,7 @@ def test_layer(stacks, size, monkeypatch):
     x, logits = torch.randn(9, D), torch.randn(9, E)
     weights, chosen = topk_softmax(logits, K)
     want = (formula(x, chosen, *stacks).view(9, K, D) * weights[..., None]).sum(1)
-    got = sum(build(stacks, size, rank)(x, logits) for rank in range(size))
+    got = sum(build(stacks, size, rank)(x, lambda _: logits) for rank in range(size))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
@@ -125,7 +137,7 @@ def test_gpu(T, way):
     want = experts.experts_loop(x.float(), chosen, lambda e: w13[e].float(), lambda e: w2[e].float())
     w13, w2, x, chosen = (t.cuda() for t in (w13, w2, x, chosen))
     grouped = experts.has_grouped_matmul(x.device, x.dtype, 128)
-    plan = plan_experts(4 * T, 16, device="cuda", grouped_matmul=grouped, dense_is_free=True)
+    plan = plan_experts(T, 4, 16, device="cuda", kernels=False, tiles=False, grouped_matmul=grouped, dense_is_free=True)
     if way != "auto":
         plan = ExpertsPlan(way.split()[0], int(way.split()[1]) if " " in way else 0)
     if plan.way == "grouped" and not grouped:
@@ -141,3 +153,25 @@ def test_gpu(T, way):
         torch.cuda.set_sync_debug_mode("default")
     scale = F.mse_loss(want, torch.zeros_like(want)).sqrt()
     assert (got.float().cpu() - want).abs().max() < 0.05 * scale
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("T", [1, 5, 12, 40, 300])
+def test_whole_layer(device, T):
+    """Router, experts and shared expert in bfloat16, each size by its own way, against float32."""
+    config = load_hf_config(resolve_model("preset:tiny")).text
+    exact = SparseMoE(config, "m", ConfigPlan(None, torch.float32))
+    generator = torch.Generator().manual_seed(0)
+    for part in exact.modules():
+        if hasattr(part, "fill_dummy"):
+            part.fill_dummy(generator)
+    rounded = SparseMoE(config, "m", ConfigPlan(None, torch.bfloat16))
+    for mine, theirs in zip(rounded.parameters(), exact.parameters()):
+        mine.data.copy_(theirs)
+        theirs.data.copy_(mine.data)
+    x = torch.randn(T, config.hidden_size, generator=generator).bfloat16()
+    with torch.no_grad():
+        want, got = exact(x.float()), rounded.to(device)(x.to(device)).float().cpu()
+    # of the median token: a rounded logit may choose another expert where two are all but equal
+    error = ((got - want).norm(dim=1) / want.norm(dim=1)).median()
+    assert error < 2e-2

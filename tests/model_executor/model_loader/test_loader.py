@@ -161,7 +161,7 @@ def without(*names):
                 **{n: x for n, x in t.items() if not n.endswith("layers.1.mlp.gate.weight")},
                 "model.layers.1.mlp.gate.scale": torch.zeros(1),
             },
-            r"model\.layers\.1\.mlp\.gate: its tensors are in no format",
+            r"model\.layers\.1\.mlp\.gate \(in model\.safetensors\): its tensors are in no format",
         ),
     ],
     ids=["missing", "missing experts", "missing many", "unexpected", "shape", "type", "two names", "twice", "format"],

@@ -36,10 +36,11 @@ def test_a_slot_and_a_token_of_the_35b():
     assert state_bytes_per_slot(TEXT, "float32", "float32") == 30 * (2 * MiB + 8192 * 3 * 4)
     assert state_bytes_per_slot(TEXT, "bfloat16", "bfloat16") == 30 * (1 * MiB + 8192 * 3 * 2)
     assert kv_bytes_per_token(TEXT, "float32") == 2 * TOKEN
+    assert kv_bytes_per_token(TEXT, "fp8_e4m3") == TOKEN // 2
 
 
 def test_weights_of_the_quantised_35b():
-    found = weight_bytes(TEXT, "bfloat16", QUANT, "model.language_model")
+    found = weight_bytes(TEXT, "bfloat16", QUANT)
     # The bytes one decoding step reads, measured on the real layout: GDN projections, head, attention, shared expert, router.
     assert found["GDN"] == pytest.approx(2.02e9, rel=5e-3)
     assert found["lm_head"] == pytest.approx(1.017e9, rel=1e-3)
@@ -54,7 +55,7 @@ def test_weights_of_the_quantised_35b():
 
 def test_quantised_linear_layers_of_other_kinds():
     config = {**CONFIG.quantization, "ignore": ["lm_head", "re:.*in_proj_[ab]$"]}
-    found = weight_bytes(TEXT, "bfloat16", parse_quantization(config), "model.language_model")
+    found = weight_bytes(TEXT, "bfloat16", parse_quantization(config))
     qkvzo = 2048 * (8192 + 4096 + 4096)
     plain = weight_bytes(TEXT)
     assert plain["GDN"] - found["GDN"] == pytest.approx(30 * qkvzo * (2 - 0.5625), abs=100)
@@ -196,7 +197,7 @@ def test_every_preset_plans(name, request):
         request.getfixturevalue("tiny_model")
     config = load_hf_config(resolve_model(f"preset:{name}"))
     text, quant = config.text, parse_quantization(config.quantization)
-    need = sum(weight_bytes(text, "bfloat16", quant, "model.language_model").values())
+    need = sum(weight_bytes(text, "bfloat16", quant).values())
     found = plan(
         text,
         device_bytes=int(need / 0.9) + 32 * GiB,
@@ -204,7 +205,6 @@ def test_every_preset_plans(name, request):
         max_model_len=min(32768, text.max_position_embeddings),
         max_num_seqs=16,
         quant=quant,
-        prefix="model.language_model",
     )
     assert found.problem is None and found.weight_total == need
     pools = found.pools
@@ -224,7 +224,6 @@ def test_a_plan_that_does_not_fit_says_so():
         max_model_len=262144,
         max_num_seqs=64,
         quant=QUANT,
-        prefix="model.language_model",
     )
     assert "--max-model-len" in longer.problem
 

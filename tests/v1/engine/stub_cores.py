@@ -21,6 +21,13 @@ class FilelessCore(StubCore):
         raise FileNotFoundError("no weights in /nowhere")
 
 
+class LoadingCore(StubCore):
+    """A model that takes a quarter of an hour to be loaded."""
+
+    def __init__(self, config):
+        time.sleep(1000)
+
+
 class BrokenCore(StubCore):
     def __init__(self, config):
         raise RuntimeError("the device is\nnot there")
@@ -52,8 +59,34 @@ class FailingCore(PacedCore):
 class StuckCore(StubCore):
     """A step that never ends."""
 
+    seconds = 1000.0
+
     def step(self):
-        time.sleep(1000)
+        time.sleep(self.seconds)
+        return []
+
+
+class BusyCore(StubCore):
+    """A step that computes for a while."""
+
+    def step(self):
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            sum(range(10_000))
+        return super().step()
+
+
+class CallableCore(StubCore):
+    """Has methods to be called between the steps, each of which ends in its own way."""
+
+    def reset_prefix_cache(self):
+        return True
+
+    def start_profile(self):
+        raise ValueError("it has been started")
+
+    def stop_profile(self):
+        raise OSError("the disk is full")
 
 
 class LosingCore(StubCore):

@@ -17,7 +17,15 @@ from tests.v1.engine.engines import (
     tokens_of,
     until,
 )
-from tests.v1.engine.stub_cores import FailingCore, LosingCore, PacedCore, RefusingCore, StuckCore, TinyPoolCore
+from tests.v1.engine.stub_cores import (
+    CallableCore,
+    FailingCore,
+    LosingCore,
+    PacedCore,
+    RefusingCore,
+    StuckCore,
+    TinyPoolCore,
+)
 from vllm.benchmarks.stub_core import StubCore
 from vllm.engine.arg_utils import EngineArgs
 from vllm.outputs import RequestOutput
@@ -297,7 +305,7 @@ def test_drain(mode):
             readers = [asyncio.ensure_future(collect(stream)) for stream in streams]
             draining = asyncio.ensure_future(engine.drain(timeout))
             await asyncio.sleep(0)
-            with pytest.raises(EngineOverloadedError, match="shut down"):
+            with pytest.raises(EngineOverloadedError, match="shutting down"):
                 await engine.add_request([1], params(), "late")
             finished = await draining
             reasons = {outputs[-1].outputs[0].finish_reason for outputs in await asyncio.gather(*readers)}
@@ -418,6 +426,28 @@ def test_a_forgotten_engine_leaves_nothing():
     asyncio.run(main())
     gc.collect()
     assert_left_nothing(before)
+
+
+def test_calls_between_the_steps(mode):
+    """Their results and their errors come back to who asked, and cost nobody else anything."""
+
+    async def main():
+        async with running(CallableCore) as engine:
+            assert await asyncio.gather(*(engine.reset_prefix_cache() for _ in range(3))) == [True] * 3
+            with pytest.raises(ValueError, match="it has been started"):
+                await engine.start_profile()
+            with pytest.raises(ValueError, match="OSError: the disk is full"):
+                await engine.stop_profile()
+            given_up = asyncio.ensure_future(engine.reset_prefix_cache())
+            await asyncio.sleep(0)
+            given_up.cancel()
+            assert await engine.reset_prefix_cache() is True and not engine._calls
+            stream = await engine.add_request([1], params(3), "r")
+            assert (await collect(stream))[-1].finished
+        with pytest.raises(EngineDeadError):
+            await engine.reset_prefix_cache()
+
+    asyncio.run(main())
 
 
 def test_one_stream_has_one_reader():

@@ -3,7 +3,15 @@
 import pytest
 
 from vllm.v1.engine.core_loop import run_core_loop
-from vllm.v1.engine.messages import AbortRequests, AddRequests, EngineCoreOutput, EngineCoreRequest, SchedulerStats
+from vllm.v1.engine.messages import (
+    AbortRequests,
+    AddRequests,
+    CallAnswer,
+    CallCore,
+    EngineCoreOutput,
+    EngineCoreRequest,
+    SchedulerStats,
+)
 
 
 class Recorder:
@@ -81,8 +89,29 @@ def test_commands_come_between_any_two_steps_in_order():
 def test_a_request_that_cannot_be_queued_costs_nobody_else_anything(caplog):
     log, sent = run([AddRequests([add("a", 1), add("bad", 1), add("b", 1)])])
     assert ("add", "a") in log and ("add", "b") in log
-    assert {(o.request_id, o.finish_reason) for o in sent[0].outputs} == {("a", None), ("b", None), ("bad", "abort")}
+    ends = {(o.request_id, o.finish_reason, o.stop_reason) for o in sent[0].outputs}
+    assert ends == {("a", None, None), ("b", None, None), ("bad", "abort", "bad")}
     assert "Request dropped: bad" in caplog.text
+
+
+def test_calls_come_between_the_steps(caplog):
+    Recorder.reset_prefix_cache = lambda self: self.log.append("reset") or 5
+    Recorder.start_profile = lambda self: [].pop()
+    try:
+        log, sent = run(
+            [AddRequests([add("a", 2)]), CallCore(7, "reset_prefix_cache")],
+            [CallCore(8, "start_profile"), CallCore(9, "stop_profile"), CallCore(10, "check_idle")],
+        )
+    finally:
+        del Recorder.reset_prefix_cache, Recorder.start_profile
+    assert log[2:6] == [("add", "a"), "reset", "step", "look"] and log.count("step") == 2
+    assert sent[0].answers == [CallAnswer(7, 5)]
+    assert [answer.call_id for answer in sent[1].answers] == [8, 9, 10]
+    assert [answer.error.partition(":")[0] for answer in sent[1].answers] == [
+        "IndexError",
+        "AttributeError",
+        "there is no check_idle",
+    ]
 
 
 def test_the_end_comes_at_once_even_with_work_left():

@@ -12,6 +12,7 @@ from vllm.benchmarks.tiny_tasks import generate
 from vllm.model_executor.layers.mamba.gdn_linear_attn import DECODE, IN_PROJ, set_gdn_variants
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+AHEAD = pytest.mark.parametrize("ahead", [False, True], ids=["in_step", "ahead"])
 LONG = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)  # crosses pages, so that pools run out
 
 
@@ -54,16 +55,17 @@ def alone(alone_long):
     return [token_ids[: GREEDY.max_tokens] for token_ids in alone_long]
 
 
-@pytest.mark.parametrize("budget", [8, 19, 64, 2048])
-def test_chunks_of_any_size_and_any_neighbours_give_the_same_tokens(tiny_model, prompts, alone, budget):
-    llm = make_llm(tiny_model, max_num_batched_tokens=budget)
+@pytest.mark.parametrize(("budget", "ahead"), [(8, False), (19, False), (64, True), (2048, False), (2048, True)])
+def test_chunks_of_any_size_and_any_neighbours_give_the_same_tokens(tiny_model, prompts, alone, budget, ahead):
+    llm = make_llm(tiny_model, max_num_batched_tokens=budget, async_scheduling=ahead)
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in outputs] == alone
     assert_idle_and_balanced(llm)
 
 
-def test_preempted_and_resumed_requests_give_the_same_tokens(tiny_model, prompts, alone_long):
-    llm = make_llm(tiny_model, num_gpu_blocks_override=1 + 18)
+@AHEAD
+def test_preempted_and_resumed_requests_give_the_same_tokens(tiny_model, prompts, alone_long, ahead):
+    llm = make_llm(tiny_model, num_gpu_blocks_override=1 + 18, async_scheduling=ahead)
     outputs = llm.generate(prompts, LONG, use_tqdm=False)
     assert llm.llm_engine.core.scheduler.num_preemptions > 0
     assert [o.outputs[0].token_ids for o in outputs] == alone_long
@@ -123,21 +125,23 @@ def test_whole_prompts_only(tiny_model, prompts, alone):
 def tight(tiny_model):
     """A pool that forces preemptions and a budget that cuts prompts, kept over examples: leaks would add up."""
     return {
-        policy: make_llm(
+        (policy, ahead): make_llm(
             tiny_model,
             max_num_seqs=4,
             max_num_batched_tokens=48,
             num_gpu_blocks_override=1 + 18,
             scheduling_policy=policy,
+            async_scheduling=ahead,
         )
         for policy in ("fcfs", "priority")
+        for ahead in (False, True)
     }
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_random_arrivals_and_aborts_change_no_answer_and_leak_nothing(tight, prompts, alone_long, data):
-    llm = tight[data.draw(st.sampled_from(["fcfs", "priority"]))]
+    llm = tight[data.draw(st.sampled_from(["fcfs", "priority"])), data.draw(st.booleans())]
     engine = llm.llm_engine
     engine.abort_requests([f"r{i}" for i in range(8)])  # an example that failed may have left some
     arrivals = st.tuples(st.integers(0, len(prompts) - 1), st.integers(0, 3))
@@ -167,8 +171,9 @@ def test_random_arrivals_and_aborts_change_no_answer_and_leak_nothing(tight, pro
     assert_idle_and_balanced(llm)
 
 
-def test_a_seed_gives_the_same_text_whatever_the_neighbours(tiny_model, prompts):
-    llm = make_llm(tiny_model)
+@AHEAD
+def test_a_seed_gives_the_same_text_whatever_the_neighbours(tiny_model, prompts, ahead):
+    llm = make_llm(tiny_model, async_scheduling=ahead)
     params = SamplingParams(temperature=20.0, seed=7, max_tokens=12, ignore_eos=True)
     [alone] = llm.generate([prompts[0]], params, use_tqdm=False)
     free = SamplingParams(temperature=20.0, max_tokens=9, ignore_eos=True)
@@ -201,7 +206,7 @@ def test_logprobs_and_prompt_logprobs_do_not_depend_on_chunks_or_preemption(tiny
     params = LONG.clone(logprobs=3, prompt_logprobs=2)
     chosen = prompts[:4] + prompts[-2:]
     whole = make_llm(tiny_model, max_num_seqs=1).generate(chosen, params, use_tqdm=False)
-    tight = make_llm(tiny_model, max_num_batched_tokens=16, num_gpu_blocks_override=1 + 17)
+    tight = make_llm(tiny_model, max_num_batched_tokens=16, num_gpu_blocks_override=1 + 17, async_scheduling=True)
     cut = tight.generate(chosen, params, use_tqdm=False)
     assert tight.llm_engine.core.scheduler.num_preemptions > 0
     for a, b, prompt in zip(whole, cut, chosen, strict=True):
@@ -215,8 +220,9 @@ def test_logprobs_and_prompt_logprobs_do_not_depend_on_chunks_or_preemption(tiny
             assert x[token].logprob == pytest.approx(y[token].logprob, abs=1e-4)
 
 
-def test_stop_string_ends_the_request_and_frees_it(tiny_model):
-    llm = make_llm(tiny_model)
+@AHEAD
+def test_stop_string_ends_the_request_and_frees_it(tiny_model, ahead):
+    llm = make_llm(tiny_model, async_scheduling=ahead)
     text = llm.get_tokenizer().apply_chat_template(
         [{"role": "user", "content": "Count on from 17."}],
         tokenize=False,

@@ -8,8 +8,8 @@ import pytest
 from vllm.config import ModelConfig
 from vllm.config.checkpoint import TINY
 from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.messages import EngineCoreOutput
+from vllm.v1.engine.input_processor import InputProcessor, ProcessedRequest
+from vllm.v1.engine.messages import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.tokenizer import load_tokenizer
 from vllm.v1.outputs import TokenLogprobs
@@ -300,3 +300,19 @@ def test_books_balance_after_random_traffic(processors, tokenizer):
         assert stopped == []
     assert num_finished > 50
     assert_idle(outputs)
+
+
+@pytest.mark.parametrize("interval", [1, 3, 7])
+def test_tokens_that_are_told_together(interval):
+    """The first at once, then so many at a time, and the last without waiting for more."""
+    processor = OutputProcessor(None, stream_interval=interval)
+    params = SamplingParams(max_tokens=100, detokenize=False, output_kind=RequestOutputKind.DELTA)
+    children = [EngineCoreRequest("r", [1], params, 0.0)]
+    processor.add_request(ProcessedRequest("r", None, [1], params, 0.0, children))
+    told = []
+    for token in range(12):
+        outputs, _ = processor.process([EngineCoreOutput("r", [token], "length" if token == 11 else None)])
+        told += [output.outputs[0].token_ids for output in outputs]
+    assert [token for tokens in told for token in tokens] == list(range(12))
+    sizes = [len(tokens) for tokens in told]
+    assert sizes[0] == 1 and set(sizes[1:-1]) <= {interval} and sizes[-1] <= interval

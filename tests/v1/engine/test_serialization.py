@@ -11,6 +11,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from vllm.v1.engine.messages import (
     AbortRequests,
     AddRequests,
+    CallAnswer,
+    CallCore,
     EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreRequest,
@@ -26,7 +28,7 @@ outputs = st.builds(
     st.text(st.characters(codec="utf-8")),
     ids,
     st.sampled_from([None, "stop", "length", "abort"]),
-    st.none() | st.integers(0, 1 << 18),
+    st.none() | st.integers(0, 1 << 18) | st.text("ab", max_size=3),
     st.lists(logprobs, max_size=2),
     st.lists(logprobs, max_size=2),
     st.just(0),
@@ -34,9 +36,15 @@ outputs = st.builds(
 )
 
 
-@given(st.lists(outputs, max_size=5), st.builds(SchedulerStats, *[st.integers(0, 1 << 40)] * 7))
-def test_outputs(some, stats):
-    message = EngineCoreOutputs(some, stats)
+all_stats = st.builds(SchedulerStats, *[st.integers(0, 1 << 40)] * 10, st.lists(st.integers(0, 9), max_size=3))
+answers = st.builds(
+    CallAnswer, st.integers(0, 99), st.none() | st.booleans() | st.text("ab"), st.none() | st.text("ab")
+)
+
+
+@given(st.lists(outputs, max_size=5), all_stats, st.lists(answers, max_size=2))
+def test_outputs(some, stats, answered):
+    message = EngineCoreOutputs(some, stats, answered)
     assert decode_outputs(encode_outputs(message)) == message
 
 
@@ -82,6 +90,8 @@ CHANGED = SamplingParams(
     bad_words_token_ids=[[1, 2], [3]],
     extra_args={"a": [1, {"b": None}]},
     structured_outputs=StructuredOutputsParams(json={"type": "object"}),
+    thinking_token_budget=9,
+    thinking_token_ids=[1, 2],
 )
 
 
@@ -124,6 +134,10 @@ def test_children_share_their_prompt():
 
 def test_aborts():
     assert decode_command(encode_command(AbortRequests(["1", "2"]))) == AbortRequests(["1", "2"])
+
+
+def test_calls():
+    assert decode_command(encode_command(CallCore(3, "stop_profile"))) == CallCore(3, "stop_profile")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,10 @@ NAMES = [
     "request_inference_time_seconds",
     "request_prompt_tokens",
     "request_generation_tokens",
+    "spec_decode_num_drafts_total",
+    "spec_decode_num_draft_tokens_total",
+    "spec_decode_num_accepted_tokens_total",
+    "spec_decode_num_accepted_tokens_per_pos_total",
 ]
 
 
@@ -154,6 +158,20 @@ def test_gauges_follow_the_core_and_the_front_end(metrics):
     assert (metrics.num_running, metrics.num_waiting) == (2, 0)
     metrics.step(SchedulerStats(), num_unfinished=0)
     assert (metrics.num_running, metrics.num_waiting, metrics.step_tokens.sum) == (0, 0, 64)
+
+
+def test_drafts(metrics):
+    """All zero until there are any; then each place in a draft has its own count."""
+    [first] = [m for m in metrics.snapshot() if m.name.endswith("accepted_tokens_per_pos")]
+    assert (first.value, first.labels["position"]) == (0, "0")
+    stats = SchedulerStats(
+        num_drafts=4, num_draft_tokens=12, num_accepted_tokens=5, num_accepted_tokens_per_pos=[3, 1, 1]
+    )
+    metrics.step(stats, num_unfinished=0)
+    found = values(metrics)
+    assert [found[f"spec_decode_num_{name}"] for name in ("drafts", "draft_tokens", "accepted_tokens")] == [4, 12, 5]
+    places = [m for m in metrics.snapshot() if m.name.endswith("accepted_tokens_per_pos")]
+    assert [(m.labels["position"], m.value) for m in places] == [("0", 3), ("1", 1), ("2", 1)]
 
 
 def test_prometheus_text(metrics):

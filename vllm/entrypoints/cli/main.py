@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": ("vllm.entrypoints.cli.serve", "answer OpenAI requests over HTTP"),
     "plan": ("vllm.entrypoints.cli.plan", "show where a GPU's memory goes and how long contexts can be, without a GPU"),
     "chat": ("vllm.entrypoints.cli.chat", "talk to a model in the terminal"),
+    "bench": ("vllm.entrypoints.cli.bench", "measure speed, compare variants, and hold both against the memory's"),
     "collect-env": ("vllm.entrypoints.cli.collect_env", "print versions and hardware, for a bug report"),
 }
 """Name -> (module, one line of help)."""
@@ -58,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(name: str, words: list[str]) -> int:
     path, summary = COMMANDS[name]
     module = importlib.import_module(path)
+    if hasattr(module, "dispatch"):  # a command of commands
+        return module.dispatch(words)
     parser = ArgumentParser(prog=f"vllm {name}", description=summary[0].upper() + summary[1:] + ".")
     module.add_arguments(parser)
     prepare = getattr(module, "prepare", list)

@@ -66,7 +66,6 @@ def make_plan(config: VllmConfig, memory: int, utilization: float | None = None,
         dtype=model.dtype,
         **_state_dtypes(config),
         quant=config.quant_scheme,
-        prefix=_prefix(config),
         kv_cache_memory_bytes=cache.kv_cache_memory_bytes,
         num_gpu_blocks_override=cache.num_gpu_blocks_override,
     )
@@ -84,7 +83,7 @@ def model_table(config: VllmConfig) -> str:
     """Weights by component, and what a sequence and a token cost."""
     text, model, scheduler = config.hf_config.text, config.model_config, config.scheduler_config
     parameters = memory_plan.weight_parameters(text)
-    weights = memory_plan.weight_bytes(text, model.dtype, config.quant_scheme, _prefix(config))
+    weights = memory_plan.weight_bytes(text, model.dtype, config.quant_scheme)
     total = sum(parameters.values())
     lines = [
         f"{model.model}: {config.hf_config.architecture}, {total / 1e9:.2f} billion parameters",
@@ -146,7 +145,7 @@ def as_json(config: VllmConfig, memory: int | None) -> dict[str, Any]:
         "model": config.model_config.model,
         "architecture": config.hf_config.architecture,
         "parameters": memory_plan.weight_parameters(text),
-        "weight_bytes": memory_plan.weight_bytes(text, config.model_config.dtype, config.quant_scheme, _prefix(config)),
+        "weight_bytes": memory_plan.weight_bytes(text, config.model_config.dtype, config.quant_scheme),
         "state_bytes_per_sequence": memory_plan.state_bytes_per_slot(text, dtypes["conv_dtype"], dtypes["ssm_dtype"]),
         "kv_bytes_per_token": memory_plan.kv_bytes_per_token(text, dtypes["kv_dtype"]),
         "workspace_bytes": memory_plan.workspace_bytes(
@@ -195,10 +194,6 @@ def _state_dtypes(config: VllmConfig) -> dict[str, str]:
         "conv_dtype": cache.mamba_cache_dtype,
         "ssm_dtype": cache.mamba_ssm_cache_dtype,
     }
-
-
-def _prefix(config: VllmConfig) -> str:
-    return "model.language_model" if config.hf_config.architecture.endswith("ForConditionalGeneration") else "model"
 
 
 def _left_out(config: VllmConfig) -> dict[str, bool]:

@@ -10,10 +10,12 @@ from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse, Response
 
+from vllm import envs
 from vllm.entrypoints.openai.cli_args import ServerArgs
 from vllm.entrypoints.openai.context import ServerContext
+from vllm.entrypoints.openai.dev_routes import add_dev_routes
 from vllm.entrypoints.openai.errors import add_error_handlers, json_response
-from vllm.entrypoints.openai.middleware import Authentication, RootPath
+from vllm.entrypoints.openai.middleware import Authentication, HeadAsGet, RootPath
 from vllm.entrypoints.openai.openapi import STREAMED, body_of, complete_schema
 from vllm.entrypoints.openai.protocol.chat import ChatCompletionRequest
 from vllm.entrypoints.openai.protocol.completion import CompletionRequest
@@ -31,7 +33,7 @@ from vllm.version import __version__
 
 
 def build_app(engine: AsyncLLM, args: ServerArgs) -> FastAPI:
-    """The application on a started AsyncLLM; `app.state.context` holds what the routes share.
+    """The application on an AsyncLLM that is started before the first request; `app.state.context` holds what routes share.
 
     Raises:
         ValueError, FileNotFoundError: a template, parser or default that cannot be.
@@ -49,6 +51,8 @@ def build_app(engine: AsyncLLM, args: ServerArgs) -> FastAPI:
     _add_openai_routes(app, context)
     _add_tokenizer_routes(app, context)
     _add_service_routes(app, context)
+    if envs.VLLM_SERVER_DEV_MODE:
+        add_dev_routes(app, context)
     add_error_handlers(app)
     complete_schema(app)
     if args.api_keys:
@@ -62,6 +66,7 @@ def build_app(engine: AsyncLLM, args: ServerArgs) -> FastAPI:
     )
     if args.root_path:
         app.add_middleware(RootPath, root_path=args.root_path)
+    app.add_middleware(HeadAsGet)
     return app
 
 
@@ -76,6 +81,7 @@ def _add_openai_routes(app: FastAPI, context: ServerContext) -> None:
     async def create_completion(http: Request) -> Response:
         return await completion(http)
 
+    @app.get("/v1/models/", include_in_schema=False)
     @app.get("/v1/models")
     async def list_models() -> Response:
         return json_response(models.list())
@@ -108,7 +114,7 @@ def _add_service_routes(app: FastAPI, context: ServerContext) -> None:
 
     @app.get("/health", response_class=Response)
     async def health() -> Response:
-        """200 while requests are answered; 503 when the engine has died or the server is shutting down."""
+        """200 while requests are answered; 503 when the engine has died or hangs, or the server is shutting down."""
         context.check_accepting()
         await engine.check_health()
         return Response()

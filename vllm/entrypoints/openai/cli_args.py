@@ -128,7 +128,10 @@ class ServerArgs(AnswerArgs, ChatArgs, AccessArgs, ListenArgs):
         path = Path(given).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"--chat-template {given}: no such file, and no template either")
-        return path.read_text()
+        try:
+            return path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--chat-template {given}: cannot be read as UTF-8: {error}") from None
 
 
 def _named(name: str, get: Any, value: str | None) -> type | None:

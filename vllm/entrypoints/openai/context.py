@@ -27,7 +27,7 @@ class ServerContext:
     """One server's engine and settings.
 
     Args:
-        engine: started.
+        engine: need not be started yet.
         args: the server's flags.
 
     Raises:
@@ -39,7 +39,7 @@ class ServerContext:
         self.args = args
         self.config: VllmConfig = engine.config
         model = self.config.model_config
-        self.model_names = [model.served_model_name]
+        self.model_names = model.served_model_names
         self.max_model_len: int = model.max_model_len
         self.reasoning_parser = args.reasoning_parser_class()
         self.tool_parser = args.tool_parser_class()
@@ -49,9 +49,9 @@ class ServerContext:
         self._length_has_default = "max_new_tokens" in load_sampling_defaults(model)
 
     def check_model(self, name: str | None) -> str:
-        """The name of the model as the client knows it. Raises APIError 404 for a model that is not served."""
+        """The name that answers carry: the first one. Raises APIError 404 for a name that the model does not have."""
         if name is None or name in self.model_names:
-            return name or self.model_names[0]
+            return self.model_names[0]
         served = ", ".join(self.model_names)
         raise APIError(404, f"The model {name!r:.200} does not exist; this server has: {served}", "model")
 
@@ -88,7 +88,19 @@ class ServerContext:
         if max_tokens is not None or not self._length_has_default:
             values["max_tokens"] = max_tokens
         values["structured_outputs"] = structured_outputs(request, thinking_ends, self.args.tool_call_parser)
+        if request.thinking_token_budget not in (None, -1):
+            values["thinking_token_ids"] = self._thinking_token_ids(request)
         return self.engine.default_sampling_params(**{**values, **changes})
+
+    def _thinking_token_ids(self, request: GenerationRequest) -> list[int]:
+        """What a budget of thinking is counted by. Raises APIError where nobody knows."""
+        field = "thinking_token_budget"
+        if self.reasoning_parser is None:
+            raise bad_request(f"{field} needs a server that was started with --reasoning-parser", field)
+        try:
+            return self.reasoning_parser.token_ids(self.engine.get_tokenizer(), request.offers_tools)
+        except ValueError as error:
+            raise bad_request(f"{field} is not possible: {error}", field) from None
 
     def check_length(self, prompt: Prompt, max_tokens: int | None, n: int = 1) -> None:
         """Raise APIError unless the prompt and `max_tokens` more fit the context, and `n` times the prompt one message."""

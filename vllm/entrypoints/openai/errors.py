@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from vllm.logger import init_logger
-from vllm.v1.engine.exceptions import EngineDeadError, EngineOverloadedError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineOverloadedError, EngineStalledError
 
 logger = init_logger(__name__)
 
@@ -81,7 +81,7 @@ def as_api_error(error: Exception) -> APIError:
         return error
     if isinstance(error, EngineOverloadedError):
         return APIError(503, str(error), retry_after=error.retry_after)
-    if isinstance(error, EngineDeadError):
+    if isinstance(error, (EngineDeadError, EngineStalledError)):
         return APIError(503, str(error) or "the engine has ended")
     if isinstance(error, ValueError):
         return bad_request(" ".join(str(error).split()))
@@ -108,5 +108,8 @@ def add_error_handlers(app: FastAPI) -> None:
             response.headers["Allow"] = _methods_of(request)
         return response
 
-    for kind in (APIError, EngineOverloadedError, EngineDeadError, ValueError, HTTPException, Exception):
+    for kind in (
+        *(APIError, EngineOverloadedError, EngineDeadError, EngineStalledError),
+        *(ValueError, HTTPException, Exception),
+    ):
         app.add_exception_handler(kind, answer)

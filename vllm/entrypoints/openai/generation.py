@@ -13,7 +13,7 @@ from vllm.entrypoints.openai.renderer import Prompt
 from vllm.logger import init_logger
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.async_llm import SHUTTING_DOWN, AsyncLLM
 from vllm.v1.engine.request_stream import RequestStream
 
 logger = init_logger(__name__)
@@ -37,9 +37,11 @@ class Generation:
         self._streams: list[RequestStream] = []
         self._num_tokens = 0
         self._num_finished = 0
+        self._is_constrained = False
 
     async def submit(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> None:
         """Queue one more prompt. Raises ValueError or EngineOverloadedError; prompts before it stay queued until `close`."""
+        self._is_constrained = params.structured_outputs is not None
         engine_id = f"{self._prefix}-{len(self._streams)}"
         self._streams.append(await self._engine.add_request(prompt.for_engine(), params, engine_id, priority=priority))
         if self._log:
@@ -78,13 +80,21 @@ class Generation:
             self._log = False
 
     def _seen(self, output: RequestOutput) -> RequestOutput:
-        """Count an output. Raises APIError for one that the server itself has aborted: nobody else would have read on."""
+        """Count an output. Raises APIError for one that was aborted, but not by its client: who has left reads nothing."""
         for completion in output.outputs:
             if completion.finish_reason == "abort":
-                raise APIError(503, "the request was aborted: the server is shutting down")
+                raise self._aborted(completion.stop_reason)
             self._num_tokens += len(completion.token_ids)
         self._num_finished += output.finished
         return output
+
+    def _aborted(self, reason: str | None) -> APIError:
+        if self._is_constrained and reason != SHUTTING_DOWN:
+            reason = (
+                reason or "its text could not go on in the form that was asked for, or it took too long to find out how"
+            )
+            return APIError(400, f"the answer was given up: {reason}")
+        return APIError(503, f"the request was aborted: {reason or 'the engine has dropped it'}")
 
 
 async def _pump(number: int, stream: RequestStream, merged: asyncio.Queue[Any]) -> None:

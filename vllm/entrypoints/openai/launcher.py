@@ -1,6 +1,6 @@
 """The life of a server process: take the port, load the model, serve, and end in the way that the end calls for.
 
-Exit codes: 0 after SIGTERM or Ctrl-C; 1 when the engine died; 130 after a second Ctrl-C.
+Exit codes: 0 after SIGTERM or Ctrl-C; 1 when the engine died; 130 after a second Ctrl-C, or one while the model loads.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import resource
 import signal
 import socket
@@ -16,8 +17,8 @@ from collections.abc import Iterator
 
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 
-from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.api_server import build_app
 from vllm.entrypoints.openai.cli_args import ServerArgs
@@ -25,7 +26,7 @@ from vllm.entrypoints.openai.context import ServerContext
 from vllm.entrypoints.openai.http_protocol import BoundedHttp
 from vllm.logger import init_logger
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineStalledError
 
 logger = init_logger(__name__)
 
@@ -47,24 +48,32 @@ def serve(engine_args: EngineArgs, args: ServerArgs, core_class: type | None = N
             loaded.
     """
     listener = _listen(args.host, args.port)
+    # Until something is served Ctrl-C ends the process as it stands; the engine's sees that and goes too. As an exception it
+    # would wait for the event loop, or get lost in a library that is being imported and tries what it can do without.
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     try:
         _allow_many_connections()
-        return uvloop.run(_serve(engine_args.create_engine_config(), args, listener, core_class))
+        engine = AsyncLLM(engine_args.create_engine_config(), core_class=core_class)
+        try:
+            app = build_app(engine, args)  # a template that cannot be shows here, while the model is still being loaded
+            return uvloop.run(_serve(engine, app, listener))
+        finally:
+            engine.shutdown()
     finally:
+        signal.signal(signal.SIGINT, before)
         listener.close()
 
 
-async def _serve(config: VllmConfig, args: ServerArgs, listener: socket.socket, core_class: type | None = None) -> int:
-    engine = AsyncLLM(config, core_class=core_class)
+async def _serve(engine: AsyncLLM, app: FastAPI, listener: socket.socket) -> int:
+    context = app.state.context
     try:
         await engine.start()
-        app = build_app(engine, args)
-        return await Server(app.state.context, _uvicorn_config(app, args)).run(listener)
+        return await Server(context, _uvicorn_config(app, context.args)).run(listener)
     finally:
         engine.shutdown()
 
 
-def _uvicorn_config(app: object, args: ServerArgs) -> uvicorn.Config:
+def _uvicorn_config(app: FastAPI, args: ServerArgs) -> uvicorn.Config:
     _log_like_ours(args.uvicorn_log_level)
     return uvicorn.Config(
         app,
@@ -146,10 +155,18 @@ class Server(uvicorn.Server):
 
     async def _watch_engine(self) -> None:
         """End the server when the engine dies: by then every open request has got its error."""
+        stalled = False
         while True:
             await asyncio.sleep(_HEALTH_PERIOD)
             try:
                 await self._context.engine.check_health()
+                if stalled:
+                    logger.warning("The engine gets on again")
+                stalled = False
+            except EngineStalledError as error:  # it may come back, and whoever looks at /health decides
+                if not stalled:
+                    logger.error("/health answers 503: %s", error)
+                stalled = True
             except EngineDeadError as error:
                 logger.error("The server stops, because the engine is dead: %s", error)
                 self._exit_code = 1

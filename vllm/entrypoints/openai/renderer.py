@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from vllm.entrypoints.openai.cli_args import ServerArgs
 from vllm.entrypoints.openai.conversation import conversation, tool_dicts
@@ -73,7 +73,8 @@ class Renderer:
         if unknown := self._reserved & self._defaults.keys():
             raise ValueError(f"--default-chat-template-kwargs: {', '.join(sorted(unknown))} cannot be set")
         wanted = args.chat_template_content_format
-        self._parts_as_list = self._template_reads_parts() if wanted == "auto" else wanted == "openai"
+        reads_parts = self._template_reads_parts()
+        self._parts_as_list = reads_parts if wanted == "auto" else wanted == "openai"
 
     @property
     def chat_template(self) -> str | None:
@@ -170,10 +171,13 @@ class Renderer:
         probe = [{"role": "user", "content": [{"type": "text", "text": "first"}, {"type": "text", "text": "second"}]}]
         try:
             text = self._tokenizer.apply_chat_template(probe, chat_template=self._template, tokenize=False)
-        except TemplateError as error:
-            if "syntax" in type(error).__name__.lower():
-                raise ValueError(f"--chat-template: {error}") from None
-            return False
+        except TemplateSyntaxError as error:
+            where = (
+                f"--chat-template, line {error.lineno}"
+                if self._template
+                else f"the model's chat template, line {error.lineno}"
+            )
+            raise ValueError(f"{where}: {error.message}") from None
         except _TEMPLATE_ERRORS:
             return False
         return "first" in text and "second" in text and "'text'" not in text

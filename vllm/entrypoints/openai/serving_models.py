@@ -21,7 +21,8 @@ class ModelServing:
 
     def one(self, name: str) -> dict[str, Any]:
         """One of them. Raises APIError 404 for a name that is not served."""
-        return self._card(self.context.check_model(name))
+        self.context.check_model(name)
+        return self._card(name)
 
     def _card(self, name: str) -> dict[str, Any]:
         return {

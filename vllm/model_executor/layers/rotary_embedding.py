@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from vllm.model_executor.layers.ops.attention_torch import apply_rotary
+
 
 class RotaryEmbedding(nn.Module):
     """Angles of positions, and the turn itself.
@@ -51,18 +53,6 @@ class RotaryEmbedding(nn.Module):
 
     def _turn(self, x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
         return apply_rotary(x.unflatten(-1, (-1, self.head_size)).flatten(1, -2), cos_sin).view(x.shape)
-
-
-def apply_rotary(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
-    """Turn the first cos_sin.shape[-1] features of x [T, H, D]; float32 inside, x's dtype outside.
-
-    (a, b) -> (a cos - b sin, b cos + a sin).
-    """
-    rotary_dim = cos_sin.shape[-1]
-    cos, sin = cos_sin[:, None].chunk(2, dim=-1)  # [T, 1, rotary_dim/2]
-    a, b = x[..., :rotary_dim].float().chunk(2, dim=-1)
-    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-    return torch.cat([turned, x[..., rotary_dim:]], dim=-1)
 
 
 def _axis_of(num_frequencies: int, section: tuple[int, ...]) -> list[int]:

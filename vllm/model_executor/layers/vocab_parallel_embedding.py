@@ -14,6 +14,7 @@ from vllm.distributed.parallel_state import (
     tensor_model_parallel_all_reduce,
 )
 from vllm.model_executor.layers.linear import ColumnParallelLinear, plain_plan
+from vllm.model_executor.layers.ops.skinny_gemm import skinny_gemm
 from vllm.model_executor.layers.quantization.plan import WeightPlan
 from vllm.model_executor.parameter import Slot, empty_parameter
 
@@ -73,4 +74,4 @@ class TiedLMHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [N, D] -> logits [N, vocab]."""
-        return tensor_model_parallel_all_gather(F.linear(hidden, self._embedding[0].weight))
+        return tensor_model_parallel_all_gather(skinny_gemm(hidden, self._embedding[0].weight))

@@ -12,8 +12,11 @@ from tqdm import tqdm
 from vllm.config.gdn import GDNConfig
 from vllm.config.hf_config import HFConfig
 from vllm.config.model import LoadConfig
+from vllm.config.quantization import parse_quantization
 from vllm.model_executor.layers.quantization.plan import CheckpointPlan, ConfigPlan
-from vllm.model_executor.model_loader.checkpoint import Checkpoint, canonical_name
+from vllm.model_executor.layers.quantization.schema import check_ignore_list, check_schema
+from vllm.model_executor.model_loader.checkpoint import Checkpoint
+from vllm.model_executor.model_loader.kv_scales import load_kv_scales
 from vllm.model_executor.model_loader.match import match_slots
 from vllm.model_executor.models.registry import model_class
 
@@ -45,7 +48,7 @@ def load_checkpoint(
 ) -> nn.Module:
     """The model of a checkpoint, ready to run: on `device`, in eval mode, without gradients.
 
-    Host memory holds one tensor at a time. With `load_format="dummy"` nothing is read: weights are random, the same every time, and
+    Files are read once, from begin to end, and host memory holds two chunks of them (see `Checkpoint.read`). With `load_format="dummy"` nothing is read: weights are random, the same every time, and
     made on the device.
 
     Args:
@@ -59,20 +62,26 @@ def load_checkpoint(
             file or the tensors.
     """
     device, load_config = torch.device(device), load_config or LoadConfig()
-    build = model_class(hf_config.architecture)
+    build, source = model_class(hf_config.architecture), f"{model_dir}/config.json"
+    check_schema(hf_config.quantization, source)
+    quant = parse_quantization(hf_config.quantization, source)
     if load_config.load_format == "dummy":
-        plan = ConfigPlan(hf_config.quantization, dtype, canonical_name)
+        plan = ConfigPlan(quant, dtype)
         with torch.device("meta"):
             model = build(hf_config.text, plan, gdn_config)
+        check_ignore_list(quant, plan.modules)
         _materialise(model, device)
         _fill_dummy(model, device)
     else:
         checkpoint = Checkpoint(model_dir)
-        plan = CheckpointPlan(checkpoint.tensors, dtype)
+        plan = CheckpointPlan(checkpoint.tensors, dtype, quant)
         with torch.device("meta"):
             model = build(hf_config.text, plan, gdn_config)
+        check_ignore_list(quant, checkpoint.modules)
+        load_kv_scales(model, checkpoint)
         _materialise(model, device)
         _fill(model, checkpoint, progress=load_config.use_tqdm_on_load)
+    plan.log()
     for module in model.modules():
         if hasattr(module, "process_weights_after_loading"):
             module.process_weights_after_loading()
@@ -94,9 +103,11 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, progress: bool) -> None:
     wanted = {name for name, slot in slots.items() if slot.param is not None}
     total = sum(checkpoint.entries[name].num_bytes for name in wanted)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
-        for name, tensor in checkpoint.read(wanted):
+        for name, tensor in checkpoint.read(wanted, pin=next(model.parameters()).is_cuda):
             slot = slots[name]
             bar.update(checkpoint.entries[name].num_bytes)
+            if slot.on_device:
+                tensor = tensor.to(slot.param.device)
             slot.param[slot.region].copy_(tensor if slot.transform is None else slot.transform(tensor))
 
 

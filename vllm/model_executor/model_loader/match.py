@@ -12,6 +12,8 @@ from vllm.model_executor.layers.quantization.unquantized import PLAIN_DTYPES
 from vllm.model_executor.model_loader.checkpoint import Checkpoint, Entry, _some
 from vllm.model_executor.parameter import Slot
 
+INTEGER_DTYPES = ("I32",)
+
 
 def checkpoint_slots(model: nn.Module) -> Iterator[Slot]:
     """Slots of all modules, in the order of the module tree."""
@@ -55,9 +57,9 @@ def _misfit(slot: Slot, entry: Entry) -> str | None:
         return f"{slot.name} is {list(entry.info.shape)} instead of {list(slot.shape)} (in {entry.file.name})"
     if slot.param is None:
         return None
-    plain = entry.info.dtype in PLAIN_DTYPES
-    if plain != slot.param.is_floating_point():
-        return f"{slot.name} is of type {entry.info.dtype} (in {entry.file.name})"
+    wanted = slot.dtypes or (PLAIN_DTYPES if slot.param.is_floating_point() else INTEGER_DTYPES)
+    if entry.info.dtype not in wanted:
+        return f"{slot.name} is of type {entry.info.dtype} instead of {' or '.join(wanted)} (in {entry.file.name})"
     return None
 
 

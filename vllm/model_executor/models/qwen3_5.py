@@ -9,7 +9,7 @@ from vllm.config.gdn import GDNConfig
 from vllm.config.hf_config import TextConfig
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.fused_moe import FusedMoE
+from vllm.model_executor.layers.fused_moe import FusedMoE, SharedExpert
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
@@ -18,8 +18,9 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.mamba.gdn_linear_attn import GatedDeltaNet, InProjSources, separate_sources
+from vllm.model_executor.layers.ops.attention_torch import ProjectedRows
 from vllm.model_executor.layers.quantization.plan import WeightPlan
-from vllm.model_executor.layers.rotary_embedding import apply_rotary, get_rope
+from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, TiedLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import StatefulLayers
 
@@ -117,7 +118,6 @@ class GatedAttention(nn.Module):
 
     def __init__(self, config: TextConfig, prefix: str, plan: WeightPlan) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
             config.head_dim,
@@ -143,13 +143,9 @@ class GatedAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
         """x [T, D], cos_sin [T, rotary_dim] -> [T, D]."""
-        qkv = self.qkv_proj(x)
-        q_gate, k, v = (qkv[:, self.qkv_proj.rows[name]] for name in "qkv")
-        q, gate = q_gate.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)  # [T, H, head_dim] each
-        k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (k, v))  # [T, Hkv, head_dim]
-        q, k = apply_rotary(self.q_norm(q), cos_sin), apply_rotary(self.k_norm(k), cos_sin)
-        out = self.attn(q, k, v) * gate.sigmoid()
-        return self.o_proj(out.flatten(1))
+        weights = self.q_norm.weight, self.k_norm.weight
+        rows = ProjectedRows(self.qkv_proj(x), cos_sin, *weights, self.q_norm.eps)
+        return self.o_proj(self.attn.gated(rows))
 
 
 class DenseMLP(nn.Module):
@@ -189,5 +185,4 @@ class SparseMoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, D] -> [T, D]."""
-        shared = self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
-        return self.experts(x, self.gate(x)) + shared
+        return self.experts(x, self.gate, SharedExpert(self.shared_expert, self.shared_expert_gate))

@@ -10,14 +10,15 @@ Slot 0 and page 0 are nobody's: padding rows point at them.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from vllm.config.hf_config import TextConfig
-from vllm.config.quantization import QuantScheme
+from vllm.config.quantization import QuantConfig
 
 GiB = 1 << 30
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1}
 
 RUNTIME_RESERVE = 768 << 20
 """An allowance for CUDA's context, loaded kernels, cuBLAS workspaces and the allocator's slack; not a measurement."""
@@ -176,14 +177,15 @@ def weight_parameters(text: TextConfig) -> dict[str, int]:
     }
 
 
-def weight_bytes(
-    text: TextConfig, dtype: str = "bfloat16", quant: QuantScheme | None = None, prefix: str = "model"
-) -> dict[str, int]:
-    """Bytes by component. A quantised linear layer takes its bits and one bf16 scale a group.
+def weight_bytes(text: TextConfig, dtype: str = "bfloat16", quant: QuantConfig | None = None) -> dict[str, int]:
+    """Bytes by component, once everything is loaded. What a quantised linear layer takes, its format says."""
+    return dict(_weight_bytes(text, dtype, quant))
 
-    Args:
-        prefix: how the checkpoint's module names begin, "model" or "model.language_model": the scheme's patterns see them.
-    """
+
+@functools.lru_cache(
+    maxsize=8
+)  # tables of plans ask for the same again and again, and lists of ignored modules are long
+def _weight_bytes(text: TextConfig, dtype: str, quant: QuantConfig | None) -> dict[str, int]:
     parameters = weight_parameters(text)
     total = {name: count * DTYPE_BYTES[dtype] for name, count in parameters.items()}
     # A_log, dt_bias and the gated norm stay in float32.
@@ -192,51 +194,46 @@ def weight_bytes(
     if quant is None:
         return total
 
-    def save(component: str, module: str, count: int) -> None:
-        if quant.covers(module):
-            total[component] -= round(count * (DTYPE_BYTES[dtype] - quant.bytes_per_weight))
+    def save(component: str, module: str, rows: int, columns: int, count: int = 1) -> None:
+        if form := quant.format_of(module):
+            total[component] -= count * (rows * columns * DTYPE_BYTES[dtype] - form.matrix_bytes(rows, columns))
 
     for i, (kind, sparse) in enumerate(zip(text.layer_types, text.sparse_layers)):
-        for component, module, count in _linear_layers(text, kind, sparse):
-            save(component, f"{prefix}.layers.{i}.{module}", count)
-    save("lm_head", "lm_head", parameters["lm_head"])
+        for component, module, *shape in _linear_layers(text, kind, sparse):
+            save(component, f"model.layers.{i}.{module}", *shape)
+    if parameters["lm_head"]:
+        save("lm_head", "lm_head", text.vocab_size, text.hidden_size)
     return total
 
 
-def _linear_layers(text: TextConfig, kind: str, sparse: bool) -> list[tuple[str, str, int]]:
-    """(component, module name inside the layer, weights) of one decoder layer, as checkpoints name them."""
+def _linear_layers(text: TextConfig, kind: str, sparse: bool) -> list[tuple[str, str, int, int, int]]:
+    """(component, module name inside the layer, outputs, inputs, how many) of one decoder layer, as checkpoints name them."""
     hidden, head = text.hidden_size, text.head_dim
     query, kv = text.num_attention_heads * head, text.num_key_value_heads * head
     if kind == "linear_attention":
-        fused = text.model_type == "qwen3_next"
-        z, ba = text.value_dim, text.linear_num_value_heads
-        found = [("GDN", "linear_attn.out_proj", text.value_dim * hidden)]
-        if fused:
-            found += [
-                ("GDN", "linear_attn.in_proj_qkvz", (text.conv_dim + z) * hidden),
-                ("GDN", "linear_attn.in_proj_ba", 2 * ba * hidden),
-            ]
+        z, heads = text.value_dim, text.linear_num_value_heads
+        if text.model_type == "qwen3_next":
+            sizes = {"qkvz": text.conv_dim + z, "ba": 2 * heads}
         else:
-            found += [
-                ("GDN", "linear_attn.in_proj_qkv", text.conv_dim * hidden),
-                ("GDN", "linear_attn.in_proj_z", z * hidden),
-            ]
-            found += [("GDN", f"linear_attn.in_proj_{x}", ba * hidden) for x in "ba"]
+            sizes = {"qkv": text.conv_dim, "z": z, "b": heads, "a": heads}
+        found = [("GDN", f"linear_attn.in_proj_{name}", size, hidden, 1) for name, size in sizes.items()]
+        found.append(("GDN", "linear_attn.out_proj", hidden, text.value_dim, 1))
     else:
-        sizes = {"q": 2 * query, "k": kv, "v": kv, "o": query}
-        found = [("attention", f"self_attn.{x}_proj", size * hidden) for x, size in sizes.items()]
-    parts = ("gate_proj", "up_proj", "down_proj")
+        sizes = {"q": 2 * query, "k": kv, "v": kv}
+        found = [("attention", f"self_attn.{x}_proj", size, hidden, 1) for x, size in sizes.items()]
+        found.append(("attention", "self_attn.o_proj", hidden, query, 1))
+
+    def swiglu(component: str, module: str, inner: int, count: int = 1) -> list[tuple[str, str, int, int, int]]:
+        up = [(component, f"{module}.{part}", inner, hidden, count) for part in ("gate_proj", "up_proj")]
+        return [*up, (component, f"{module}.down_proj", hidden, inner, count)]
+
     if not sparse:
-        return found + [("dense MLP", f"mlp.{part}", text.intermediate_size * hidden) for part in parts]
-    # Experts are alike: the first one's answer counts for all.
-    found += [
-        ("routed experts", f"mlp.experts.0.{part}", text.num_experts * text.moe_intermediate_size * hidden)
-        for part in parts
-    ]
-    found += [
-        ("shared expert", f"mlp.shared_expert.{part}", text.shared_expert_intermediate_size * hidden) for part in parts
-    ]
-    return found + [("router", "mlp.gate", text.num_experts * hidden), ("router", "mlp.shared_expert_gate", hidden)]
+        return found + swiglu("dense MLP", "mlp", text.intermediate_size)
+    # experts are alike: the first one's answer counts for all
+    found += swiglu("routed experts", "mlp.experts.0", text.moe_intermediate_size, text.num_experts)
+    found += swiglu("shared expert", "mlp.shared_expert", text.shared_expert_intermediate_size)
+    found.append(("router", "mlp.gate", text.num_experts, hidden, 1))
+    return [*found, ("router", "mlp.shared_expert_gate", 1, hidden, 1)]
 
 
 def workspace_bytes(
@@ -319,13 +316,12 @@ def plan(
     kv_dtype: str = "bfloat16",
     conv_dtype: str = "bfloat16",
     ssm_dtype: str = "float32",
-    quant: QuantScheme | None = None,
-    prefix: str = "model",
+    quant: QuantConfig | None = None,
     kv_cache_memory_bytes: int | None = None,
     num_gpu_blocks_override: int | None = None,
 ) -> MemoryPlan:
     """Plan a device without touching it. Limits that do not fit come back as `MemoryPlan.problem`, not as an exception."""
-    weights = weight_bytes(text, dtype, quant, prefix)
+    weights = weight_bytes(text, dtype, quant)
     workspace = workspace_bytes(
         text, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, dtype=dtype
     )

@@ -17,9 +17,9 @@ from vllm.logger import init_logger
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.core_client import make_core_client
-from vllm.v1.engine.exceptions import EngineDeadError, EngineOverloadedError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineOverloadedError, EngineStalledError
 from vllm.v1.engine.input_processor import InputProcessor, ProcessedRequest
-from vllm.v1.engine.messages import EngineCoreInfo, EngineCoreOutputs
+from vllm.v1.engine.messages import CallAnswer, EngineCoreInfo, EngineCoreOutputs
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.engine.request_stream import Mailbox, RequestStream
 from vllm.v1.engine.tokenizer import load_tokenizer
@@ -35,6 +35,9 @@ logger = init_logger(__name__)
 
 LONG_PROMPT = 8192
 """Prompts of more characters (or token ids) than this are tokenised and checked in a thread, so that streams go on meanwhile."""
+
+SHUTTING_DOWN = "the server is shutting down"
+"""Why a request is aborted that did not finish in the time that it had."""
 
 MOST_CONSTRAINTS_IN_CHECK = 256
 """Requests whose constraints wait to be compiled for the first time. Each may take seconds where somebody means harm."""
@@ -65,6 +68,8 @@ class AsyncLLM:
         self._idle: asyncio.Future[None] | None = None
         self._mailboxes: dict[str, Mailbox] = {}
         self._engine_ids = itertools.count()
+        self._call_ids = itertools.count()
+        self._calls: dict[int, asyncio.Future[Any]] = {}
         self._threads: ThreadPoolExecutor | None = None
         self._client = make_core_client(config, core_class)
         try:
@@ -72,7 +77,9 @@ class AsyncLLM:
             self.input_processor = InputProcessor(config, self._tokenizer)
             self._grammar_checker = GrammarChecker(partial(load_vocabulary, config, self._tokenizer))
             self.metrics = EngineMetrics(config)
-            self.output_processor = OutputProcessor(self._tokenizer, self.metrics)
+            self.output_processor = OutputProcessor(
+                self._tokenizer, self.metrics, config.scheduler_config.stream_interval
+            )
         except BaseException:
             self._client.shutdown()
             raise
@@ -114,8 +121,17 @@ class AsyncLLM:
         return self.dead_error is not None
 
     async def check_health(self) -> None:
-        """Raise EngineDeadError, with the reason, unless the engine can take requests."""
+        """Return if the engine can take requests and gets on with those it has.
+
+        Raises:
+            EngineDeadError: it has ended, and why.
+            EngineStalledError: it is stopped, or its step takes longer than any step does.
+        """
         self._check_alive()
+        reason = self._client.why_stalled()
+        self._check_alive()  # which may just have shown
+        if reason is not None:
+            raise EngineStalledError(reason)
 
     async def drain(self, timeout: float) -> bool:
         """Take no more requests, let those under way finish, and abort what is left after `timeout` seconds.
@@ -129,7 +145,7 @@ class AsyncLLM:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._idle), timeout)
         left = list(self._mailboxes)
-        self.abort(left)
+        self.abort(left, SHUTTING_DOWN)
         return not left and not self.errored
 
     def shutdown(self) -> None:
@@ -204,10 +220,13 @@ class AsyncLLM:
             async for output in stream:
                 yield output
 
-    def abort(self, request_id: str | Iterable[str]) -> None:
-        """Drop requests and everything they hold; unknown ids are ignored. Their streams end with finish reason "abort"."""
+    def abort(self, request_id: str | Iterable[str], reason: str | None = None) -> None:
+        """Drop requests and everything they hold; unknown ids are ignored.
+
+        Their streams end with finish reason "abort" and `reason` as stop reason.
+        """
         request_ids = [request_id] if isinstance(request_id, str) else list(request_id)
-        engine_ids = self.output_processor.abort(request_ids)
+        engine_ids = self.output_processor.abort(request_ids, reason=reason)
         if self.is_running:
             self._client.abort_requests(engine_ids)
         for id in request_ids:
@@ -223,6 +242,36 @@ class AsyncLLM:
     @property
     def num_unfinished_requests(self) -> int:
         return len(self._mailboxes)
+
+    # Between the steps.
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget what is cached of prompts, which is nothing in this version. Whether nothing is cached now."""
+        return await self._call("reset_prefix_cache")
+
+    async def start_profile(self) -> None:
+        """Record what the engine's process does, with torch.profiler, until `stop_profile`. Raises ValueError if it is recorded."""
+        await self._call("start_profile")
+
+    async def stop_profile(self) -> str:
+        """Write the record down, and return the file's path. Raises ValueError if there is none."""
+        return await self._call("stop_profile")
+
+    async def _call(self, method: str) -> Any:
+        self._check_alive()
+        call_id, answer = next(self._call_ids), self._loop.create_future()
+        self._calls[call_id] = answer
+        self._client.call(call_id, method)
+        return await answer
+
+    def _on_answer(self, answer: CallAnswer) -> None:
+        future = self._calls.pop(answer.call_id)
+        if future.done():  # whoever asked has gone
+            return
+        if answer.error is None:
+            future.set_result(answer.result)
+        else:
+            future.set_exception(ValueError(answer.error))
 
     # What requests are made of.
 
@@ -252,7 +301,7 @@ class AsyncLLM:
                 f"{limits.max_num_seqs}, --max-num-queued-requests {limits.max_num_queued_requests}); got {num_sequences}"
             )
         if self._draining:
-            raise EngineOverloadedError("the server is being shut down", retry_after=10)
+            raise EngineOverloadedError(SHUTTING_DOWN, retry_after=10)
         unfinished = self.output_processor.num_unfinished_sequences
         if unfinished + num_sequences > self.max_num_sequences:
             raise EngineOverloadedError(
@@ -291,6 +340,8 @@ class AsyncLLM:
             if request.finished:
                 del self._mailboxes[request.request_id]
             mailbox.notify()
+        for answer in message.answers:
+            self._on_answer(answer)
         self.metrics.step(message.stats, self.output_processor.num_unfinished_sequences)
         if self._throughput is not None:
             self._throughput.step()
@@ -309,6 +360,10 @@ class AsyncLLM:
         self.output_processor.abort(list(mailboxes))
         for mailbox in mailboxes.values():
             mailbox.fail(reason)
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(EngineDeadError(reason))
+        self._calls.clear()
         self._after_change()
 
     def _after_change(self) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -32,11 +33,13 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.messages import (
     AbortRequests,
     AddRequests,
+    CallCore,
     Command,
     EngineCoreInfo,
     EngineCoreOutputs,
     EngineCoreRequest,
 )
+from vllm.v1.engine.pulse import Pulse, why_stalled
 from vllm.v1.engine.serialization import decode_outputs, encode_command
 
 logger = init_logger(__name__)
@@ -75,6 +78,10 @@ class CoreClient(ABC):
         """Pass a command on without waiting. Raises ValueError where a request cannot be passed on."""
 
     @abstractmethod
+    def why_stalled(self) -> str | None:
+        """What is wrong with a core that has started and does not get on; None of one that does."""
+
+    @abstractmethod
     def shutdown(self) -> None:
         """End the core and give everything back. Nothing is reported any more. May be called again."""
 
@@ -84,6 +91,10 @@ class CoreClient(ABC):
     def abort_requests(self, request_ids: list[str]) -> None:
         if request_ids:
             self.send(AbortRequests(request_ids))
+
+    def call(self, call_id: int, method: str) -> None:
+        """Have the core call one of its CORE_METHODS; the answer comes with the outputs."""
+        self.send(CallCore(call_id, method))
 
 
 def make_core_client(config: VllmConfig, core_class: type | None = None) -> CoreClient:
@@ -100,6 +111,9 @@ class ProcessClient(CoreClient):
         self._ready: asyncio.Future[EngineCoreInfo] | None = None
         self._reason: str | None = None
         self._received = b""
+        self._on_gpu = config.parallel_config.device == "cuda"
+        self._pulse = (0.0, 0.0)
+        self._beat_time = time.monotonic()
         self._held = _Held()
         weakref.finalize(self, self._held.release)  # also when the program ends without a shutdown
         try:
@@ -154,6 +168,10 @@ class ProcessClient(CoreClient):
     def send(self, command: Command) -> None:
         self._commands.send(encode_command(command), zmq.NOBLOCK)
 
+    def why_stalled(self) -> str | None:
+        self._read_link()  # this process may itself have stood still, with beats waiting
+        return why_stalled(*self._pulse, time.monotonic() - self._beat_time, self._on_gpu)
+
     def shutdown(self) -> None:
         if self._loop is not None and not self._loop.is_closed() and not self._held.released:
             self._loop.remove_reader(self._link.fileno())
@@ -171,6 +189,8 @@ class ProcessClient(CoreClient):
         self._loop.call_soon(self._read_outputs)
 
     def _read_link(self) -> None:
+        if self._held.released:
+            return
         try:
             data = self._link.recv(1 << 16)
         except BlockingIOError:
@@ -184,8 +204,17 @@ class ProcessClient(CoreClient):
             self._loop.remove_reader(self._link.fileno())
             self._end(EngineDeadError(self._reason or self._how_it_ended()))
 
-    def _learn(self, ready: dict | None = None, refused: list[str] | None = None, died: str | None = None) -> None:
-        if ready is not None:
+    def _learn(
+        self,
+        beat: list[float] | None = None,
+        ready: dict | None = None,
+        refused: list[str] | None = None,
+        died: str | None = None,
+    ) -> None:
+        self._beat_time = time.monotonic()
+        if beat is not None:
+            self._pulse = tuple(beat)
+        elif ready is not None:
             if not self._ready.cancelled():  # as Ctrl-C does to whoever waits
                 self._ready.set_result(EngineCoreInfo(**ready))
         elif refused is not None:
@@ -252,6 +281,8 @@ class ThreadClient(CoreClient):
 
     def __init__(self, config: VllmConfig, core_class: type | None = None) -> None:
         self._make = lambda: _core_class(core_class)(config)
+        self._on_gpu = config.parallel_config.device == "cuda"
+        self._pulse = Pulse()
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -268,6 +299,9 @@ class ThreadClient(CoreClient):
 
     def send(self, command: Command) -> None:
         self._commands.put(command)
+
+    def why_stalled(self) -> str | None:
+        return why_stalled(*self._pulse.read(), 0.0, self._on_gpu)
 
     def shutdown(self) -> None:
         self._closed = True
@@ -289,7 +323,7 @@ class ThreadClient(CoreClient):
             text = f"the engine could not start: {describe(error)}"
             return self._in_loop(self._answer, None, EngineDeadError(text))
         try:
-            run_core_loop(core, self._receive, lambda outputs: self._in_loop(self._on_outputs, outputs))
+            run_core_loop(core, self._receive, lambda outputs: self._in_loop(self._on_outputs, outputs), self._pulse)
         except BaseException as error:
             logger.exception("The engine failed")
             self._in_loop(self._on_death, f"the engine failed: {describe(error)}")

@@ -1,6 +1,6 @@
 """An engine core in a process of its own: `python -m vllm.v1.engine.core_proc`, started by core_client with a socket as stdin.
 
-Two ways lead to the front end. That socket, the link, carries what is said once: the configuration, "ready", why the engine
+Two ways lead to the front end. That socket, the link, carries the configuration, "ready", a beat a second, and why the engine
 died; and its end is how each side learns that the other is gone, however it went. ZeroMQ carries commands and outputs.
 """
 
@@ -15,15 +15,19 @@ import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.v1.engine.pulse import SECONDS_A_BEAT, Pulse
 
 if TYPE_CHECKING:
     from vllm.v1.engine.messages import Command
 
 logger = init_logger(__name__)
+
+_telling = threading.Lock()
 
 EXPECTED_ERRORS = (FileNotFoundError, ValueError)
 """What a start-up raises, in one line, where the user asked for something impossible."""
@@ -73,8 +77,15 @@ def _leave(code: int) -> None:
 
 
 def _tell(link: socket.socket, **message: Any) -> None:
-    with contextlib.suppress(OSError):  # nobody is there to be told
+    with contextlib.suppress(OSError), _telling:  # nobody is there to be told
         link.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _beat(link: socket.socket, pulse: Pulse) -> None:
+    """Say every second how the engine's thread gets on, from a thread that never waits for it."""
+    while True:
+        time.sleep(SECONDS_A_BEAT)
+        _tell(link, beat=pulse.read())
 
 
 def _serve(link: socket.socket, config: Any, core_class: type | None, folder: str) -> None:
@@ -100,9 +111,11 @@ def _serve(link: socket.socket, config: Any, core_class: type | None, folder: st
             received.append(decode_command(commands.recv()))
         return received
 
+    pulse = Pulse()
     _tell(link, ready=asdict(core.info))
+    threading.Thread(target=_beat, args=(link, pulse), daemon=True).start()
     try:
-        run_core_loop(core, receive, lambda message: outputs.send(encode_outputs(message)))
+        run_core_loop(core, receive, lambda message: outputs.send(encode_outputs(message)), pulse)
     except EXPECTED_ERRORS as error:  # nobody asked for this one
         raise RuntimeError(describe(error)) from error
 

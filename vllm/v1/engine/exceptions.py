@@ -5,6 +5,10 @@ class EngineDeadError(RuntimeError):
     """The engine has ended and answers nothing any more. The message says why."""
 
 
+class EngineStalledError(RuntimeError):
+    """The engine is there and does not get on. It may again; the message says how long it has not."""
+
+
 class EngineOverloadedError(RuntimeError):
     """The engine takes no further request now: its queue is full, or it is being shut down. Nothing was queued.
 

@@ -134,13 +134,17 @@ class InputProcessor:
         return token_ids
 
     def _check_params(self, params: SamplingParams) -> None:
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias", "thinking_token_ids"):
             self._checked_ids(name, getattr(params, name) or ())
         for name in ("logprobs", "prompt_logprobs"):
             wanted = getattr(params, name)
             if wanted is not None and (self.vocab_size if wanted == -1 else wanted) > self.max_logprobs:
                 meaning = f" (all {self.vocab_size})" if wanted == -1 else ""
                 raise ValueError(f"{name} must be at most {self.max_logprobs} (--max-logprobs); got {wanted}{meaning}")
+        if params.thinking_token_budget is not None and not params.thinking_token_ids:
+            raise ValueError(
+                "thinking_token_budget needs a reasoning parser (--reasoning-parser, or LLM(reasoning_parser=...)), which says how thinking ends"
+            )
         if (params.stop or params.bad_words) and self.tokenizer is None:
             raise ValueError("stop and bad_words need a tokenizer, and there is none")
 

@@ -72,6 +72,15 @@ class LLMEngine:
         self.core.abort_requests(self.output_processor.abort(request_ids))
         self.metrics.queue_length(self.output_processor.num_unfinished_sequences)
 
+    def set_gdn_variants(
+        self, in_proj: str | None = None, decode: str | None = None, prefill: str | None = None
+    ) -> tuple[str, str, str] | None:
+        """Change stages of the GDN layers from the next step on; None leaves one as it is. Returns the three in force.
+
+        Returns None for a model without such layers. Raises ValueError, with nothing changed, for a name that is unknown or cannot run.
+        """
+        return self.core.set_gdn_variants(in_proj, decode, prefill)
+
     @property
     def has_unfinished_requests(self) -> bool:
-        return self.output_processor.has_unfinished_requests
+        return self.output_processor.has_unfinished_requests or self.core.has_unfinished_requests

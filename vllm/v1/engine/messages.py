@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import TokenLogprobs
@@ -26,7 +27,9 @@ class EngineCoreOutput:
     request_id: str
     new_token_ids: list[int]
     finish_reason: str | None = None  # "stop", "length" or "abort"
-    stop_reason: int | None = None  # the stop token id, where one ended it; None for end-of-sequence
+    stop_reason: int | str | None = (
+        None  # the stop token id, where one ended it; of an abort, why; None for end-of-sequence
+    )
     new_logprobs: list[TokenLogprobs] = field(default_factory=list)
     new_prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_cached_tokens: int = 0
@@ -44,6 +47,10 @@ class SchedulerStats:
     num_step_tokens: int = 0  # computed by this step, prompts and decoding together
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0
+    num_drafts: int = 0  # steps of sequences that had draft tokens to check
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)  # first draft token, second, ...
 
 
 @dataclass(slots=True)
@@ -52,6 +59,16 @@ class EngineCoreOutputs:
 
     outputs: list[EngineCoreOutput]
     stats: SchedulerStats
+    answers: list[CallAnswer] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class CallAnswer:
+    """What a call returned, or in one line what went wrong."""
+
+    call_id: int
+    result: Any = None
+    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -89,4 +106,14 @@ class AbortRequests:
     request_ids: list[str]
 
 
-Command = AddRequests | AbortRequests
+@dataclass(slots=True)
+class CallCore:
+    """To the core: call one of its methods between two steps."""
+
+    call_id: int
+    method: str  # one of CORE_METHODS
+
+
+CORE_METHODS = ("reset_prefix_cache", "start_profile", "stop_profile")
+
+Command = AddRequests | AbortRequests | CallCore

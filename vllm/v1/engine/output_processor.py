@@ -32,6 +32,7 @@ class _Sequence:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_delivered: int = 0  # tokens that a DELTA output has carried
+    num_told: int = 0  # tokens when the request was last said to have news
     last_token_time: float | None = None
     has_news: bool = False  # since the request's last output was taken
 
@@ -63,9 +64,11 @@ class OutputProcessor:
     Args:
         tokenizer: of transformers, byte-level; None gives token ids without text.
         metrics: where tokens and finished requests are recorded.
+        stream_interval: tokens of a sequence that make it worth telling, after the first and before the end.
     """
 
-    def __init__(self, tokenizer: Any | None, metrics: EngineMetrics | None = None) -> None:
+    def __init__(self, tokenizer: Any | None, metrics: EngineMetrics | None = None, stream_interval: int = 1) -> None:
+        self._interval = stream_interval
         self._table = None if tokenizer is None else TokenTable(tokenizer)
         self._metrics = metrics
         self._requests: dict[str, RequestState] = {}
@@ -144,9 +147,16 @@ class OutputProcessor:
             if not sequence.has_news:
                 sequence.has_news = True
                 request.news.append(sequence)
-            if request.num_unfinished == 0 or request.params.output_kind is not RequestOutputKind.FINAL_ONLY:
+            if request.num_unfinished == 0 or self._is_worth_telling(sequence):
+                sequence.num_told = len(sequence.token_ids)
                 told[request.request_id] = request
         return list(told.values()), stopped
+
+    def _is_worth_telling(self, sequence: _Sequence) -> bool:
+        if sequence.request.params.output_kind is RequestOutputKind.FINAL_ONLY:
+            return False
+        is_first_or_last = not sequence.num_told or sequence.finish_reason is not None
+        return is_first_or_last or len(sequence.token_ids) - sequence.num_told >= self._interval
 
     def take(self, request: RequestState) -> RequestOutput:
         """What there is to tell of a request since the last time, in one output."""
@@ -155,8 +165,8 @@ class OutputProcessor:
             sequence.has_news = False
         return _request_output(request, news, request.finished)
 
-    def abort(self, request_ids: Iterable[str], now: float | None = None) -> list[str]:
-        """Forget requests, by the ids that callers gave; unknown ones are ignored.
+    def abort(self, request_ids: Iterable[str], now: float | None = None, reason: str | None = None) -> list[str]:
+        """Forget requests, by the ids that callers gave; unknown ones are ignored. `reason` becomes their stop reason.
 
         Returns:
             The engine's ids of their unfinished sequences.
@@ -169,7 +179,7 @@ class OutputProcessor:
                 if sequence.finish_reason is None:
                     engine_ids.append(sequence.engine_id)
                     sequence.detokenizer.finish()
-                    sequence.finish_reason = "abort"
+                    sequence.finish_reason, sequence.stop_reason = "abort", reason
                     self._finish(sequence, now)
                     if not sequence.has_news:
                         sequence.has_news = True

@@ -16,6 +16,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.messages import (
     AbortRequests,
     AddRequests,
+    CallAnswer,
+    CallCore,
     Command,
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -34,6 +36,7 @@ def _row_of(kind: type) -> attrgetter:
 
 _logprobs_row = _row_of(TokenLogprobs)
 _stats_row = _row_of(SchedulerStats)
+_answer_row = _row_of(CallAnswer)
 _output_row = attrgetter(
     *("request_id", "new_token_ids", "finish_reason", "stop_reason", "num_cached_tokens", "scheduled_time")
 )
@@ -58,19 +61,21 @@ def encode_outputs(message: EngineCoreOutputs) -> bytes:
             rows.append((output.request_id, output.new_token_ids))  # nearly every output
         else:
             rows.append(_output_row(output))
-    return _encode((rows, _stats_row(message.stats)))
+    answers = [_answer_row(answer) for answer in message.answers]
+    return _encode((rows, _stats_row(message.stats), *([answers] if answers else [])))
 
 
 def decode_outputs(data: bytes) -> EngineCoreOutputs:
-    rows, stats = _decode(data)
-    return EngineCoreOutputs([_output(*row) for row in rows], SchedulerStats(*stats))
+    rows, stats, *rest = _decode(data)
+    answers = [CallAnswer(*row) for row in rest[0]] if rest else []
+    return EngineCoreOutputs([_output(*row) for row in rows], SchedulerStats(*stats), answers)
 
 
 def _output(
     request_id: str,
     new_token_ids: list[int],
     finish_reason: str | None = None,
-    stop_reason: int | None = None,
+    stop_reason: int | str | None = None,
     num_cached_tokens: int = 0,
     scheduled_time: float | None = None,
     logprobs: list[list[Any]] = (),
@@ -92,6 +97,8 @@ def encode_command(command: Command) -> bytes:
     """Raises ValueError for a request that holds what msgpack cannot carry, such as a number of more than 64 bits."""
     if isinstance(command, AbortRequests):
         return _encode(command.request_ids)
+    if isinstance(command, CallCore):
+        return _encode({"call_id": command.call_id, "method": command.method})
     rows, previous = [], None
     for request in command.requests:
         token_ids = None if request.prompt_token_ids is previous else request.prompt_token_ids
@@ -106,6 +113,8 @@ def encode_command(command: Command) -> bytes:
 
 def decode_command(data: bytes) -> Command:
     rows = _decode(data)
+    if isinstance(rows, dict):
+        return CallCore(**rows)
     if rows and isinstance(rows[0], str):
         return AbortRequests(rows)
     requests, token_ids = [], []

@@ -75,6 +75,8 @@ class EngineMetrics:
         self.num_running = self.num_waiting = 0
         self.kv_cache_usage = 0.0
         self.num_preemptions = self.prefix_cache_queries = self.prefix_cache_hits = 0
+        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+        self.num_accepted_tokens_per_pos = [0]
         self.prompt_tokens = self.generation_tokens = 0
         self.finished = dict.fromkeys(FINISH_REASONS, 0)
         longest = config.model_config.max_model_len
@@ -111,6 +113,10 @@ class EngineMetrics:
         self.num_preemptions = stats.num_preemptions
         self.prefix_cache_queries = stats.prefix_cache_queries
         self.prefix_cache_hits = stats.prefix_cache_hits
+        self.num_drafts = stats.num_drafts
+        self.num_draft_tokens = stats.num_draft_tokens
+        self.num_accepted_tokens = stats.num_accepted_tokens
+        self.num_accepted_tokens_per_pos = stats.num_accepted_tokens_per_pos or [0]
         if stats.num_step_tokens:
             self.step_tokens.observe(stats.num_step_tokens)
 
@@ -169,6 +175,9 @@ class EngineMetrics:
             ("num_preemptions", self.num_preemptions, "Times a sequence gave its pages up, to be computed again."),
             ("prefix_cache_queries", self.prefix_cache_queries, "Prompt tokens looked up in the prefix cache."),
             ("prefix_cache_hits", self.prefix_cache_hits, "Prompt tokens found in the prefix cache."),
+            ("spec_decode_num_drafts", self.num_drafts, "Times that draft tokens of a sequence were checked."),
+            ("spec_decode_num_draft_tokens", self.num_draft_tokens, "Draft tokens checked."),
+            ("spec_decode_num_accepted_tokens", self.num_accepted_tokens, "Draft tokens that were right."),
         ]
         distributions = [
             ("iteration_tokens_total", self.step_tokens, "Tokens computed by a step."),
@@ -185,6 +194,10 @@ class EngineMetrics:
         ]
         metrics: list[Metric] = [Gauge(f"vllm:{name}", labels, help, value) for name, value, help in gauges]
         metrics += [Counter(f"vllm:{name}", labels, help, value) for name, value, help in counters]
+        for position, count in enumerate(self.num_accepted_tokens_per_pos):
+            place = labels | {"position": str(position)}
+            help = "Draft tokens that were right, by their place in the draft."
+            metrics.append(Counter("vllm:spec_decode_num_accepted_tokens_per_pos", place, help, count))
         for reason, count in self.finished.items():
             ended = labels | {"finished_reason": reason}
             metrics.append(Counter("vllm:request_success", ended, "Requests that ended, by how.", count))

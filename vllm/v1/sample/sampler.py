@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from vllm.v1.outputs import TokenLogprobs
+from vllm.v1.sample.draw import draw
 from vllm.v1.sample.logprobs import LogprobsTensors, token_logprobs, unpack_logprobs
 from vllm.v1.sample.penalties import apply_penalties
-from vllm.v1.sample.rng import gumbel_noise, row_keys
 from vllm.v1.sample.state import SamplingPlan, SamplingState
 from vllm.v1.sample.token_masks import DeviceMasks
 
@@ -67,8 +67,9 @@ class Sampler:
             masks: of those of the S rows whose text must have a form.
         """
         plan = state.plan
-        if not (plan.draws or plan.edits or masks):
-            token_ids = logits.argmax(dim=-1)
+        # the kernels take the logits as they are; PyTorch's draw needs copies of them, and so do edits
+        if not (plan.edits or masks) and (logits.is_cuda or not plan.draws):
+            token_ids = draw(logits, state, rows, plan)
         else:
             step = max(1, _PIECE // logits.shape[1])
             pieces = []
@@ -99,52 +100,4 @@ def _choose(
         logits = apply_penalties(logits, state.penalties.marks(rows), *(value[rows, None] for value in strengths))
     if masks is not None:
         masks.apply(logits, raw)
-    if not plan.draws:
-        return logits.argmax(dim=-1)
-
-    logits.div_(state.temperature[rows, None])
-    if plan.min_p or plan.num_sorted:
-        lowest = lowest_kept(logits, state.log_min_p[rows], state.top_k[rows], state.top_p[rows], plan)
-        logits.masked_fill_(logits < lowest[:, None], float("-inf"))
-    noise = gumbel_noise(row_keys(state.seeds[rows], state.num_generated[rows]), logits.shape[1])
-    return logits.addcmul_(noise, state.noise[rows, None]).argmax(dim=-1)
-
-
-def lowest_kept(
-    logits: torch.Tensor, log_min_p: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, plan: SamplingPlan
-) -> torch.Tensor:
-    """The smallest logit that min_p, then top_k, then top_p leave standing.
-
-    Each of the three keeps the largest logits, so a value says all, and tokens that tie with the last one kept stay too: who
-    survives never depends on the order in which a sort happens to leave equals.
-
-    Args:
-        logits: [s, V] float32, after the temperature.
-        log_min_p, top_p: [s] float32; top_k: [s] int64, 0 for all.
-
-    Returns:
-        [s] float32.
-    """
-    largest = logits.amax(dim=-1)
-    lowest = largest + log_min_p
-    if plan.num_sorted == 0:
-        return lowest
-
-    if plan.num_sorted < logits.shape[1]:
-        ordered = logits.topk(plan.num_sorted, dim=-1).values  # [s, num_sorted], largest first
-    else:
-        ordered = logits.sort(dim=-1, descending=True).values
-    kth = ordered.gather(1, (top_k[:, None] - 1).clamp(min=0)).squeeze(1)
-    lowest = torch.maximum(lowest, kth.masked_fill(top_k == 0, float("-inf")))
-    if not plan.top_p:
-        return lowest
-
-    # What is kept so far need not end within `ordered` (ties), so its total weight comes from the whole row. Sums of 248,320
-    # float32 weights would be off by more than the tail's share.
-    weights = (logits - largest[:, None]).exp_().masked_fill_(logits < lowest[:, None], 0.0)
-    total = weights.sum(dim=-1, dtype=torch.float64)
-    ordered_weights = (ordered - largest[:, None]).exp_().masked_fill_(ordered < lowest[:, None], 0.0).to(torch.float64)
-    before = ordered_weights.cumsum(dim=-1) - ordered_weights
-    kept = before < top_p[:, None] * total[:, None]
-    smallest = ordered.masked_fill(~kept, float("inf")).amin(dim=-1)
-    return torch.maximum(lowest, smallest.masked_fill(top_p >= 1.0, float("-inf")))
+    return draw(logits, state, rows, plan)

@@ -38,6 +38,11 @@ class SamplingPlan:
     num_logprobs: int | None = None
 
     @property
+    def in_graphs(self) -> bool:
+        """Whether all that the choice needs lies in tensors that stay in place, so that a CUDA graph can make it."""
+        return not self.edits and self.num_logprobs is None
+
+    @property
     def edits(self) -> bool:
         """Whether some row's logits change before the choice, other than by a temperature."""
         return self.penalties or self.allow_lists or self.bad_words or self.logit_bias or self.stop_bans
@@ -59,11 +64,11 @@ class SamplingState:
         self.device = device = torch.device(device)
         num_rows = max_num_seqs + 1
 
-        self._ints = torch.zeros(num_rows, 3, dtype=torch.int64, device=device)
-        self.seeds, self.num_generated, self.top_k = self._ints.unbind(1)
-        self._floats = torch.zeros(num_rows, 7, dtype=torch.float32, device=device)
-        self.temperature, self.noise, self.top_p, self.log_min_p = self._floats[:, :4].unbind(1)
-        self.repetition, self.frequency, self.presence = self._floats[:, 4:].unbind(1)
+        self._ints = torch.zeros(3, num_rows, dtype=torch.int64, device=device)
+        self.seeds, self.num_generated, self.top_k = self._ints
+        self._floats = torch.zeros(7, num_rows, dtype=torch.float32, device=device)
+        self.temperature, self.noise, self.top_p, self.log_min_p = self._floats[:4]
+        self.repetition, self.frequency, self.presence = self._floats[4:]
         self._write(self.pad_row, SamplingParams(temperature=0.0), 0)
 
         self.penalties = PenaltyTable(num_rows, vocab_size, device)
@@ -134,8 +139,12 @@ class SamplingState:
             rows: [S] int64, each row at most once except `pad_row`.
             token_ids: [S] integer.
         """
-        token_ids = token_ids.to(torch.int64)
         self.num_generated.index_add_(0, rows, torch.ones_like(rows))
+        self.note(rows, token_ids)
+
+    def note(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """The part of `append` that is more than counting, for a caller that counts."""
+        token_ids = token_ids.to(torch.int64)
         plan = self.plan
         if plan.penalties:
             self.penalties.append(rows, token_ids)
@@ -179,5 +188,5 @@ class SamplingState:
             log_min_p = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
             draw = [params.temperature, 1.0, params.top_p, log_min_p]
         penalties = [params.repetition_penalty, params.frequency_penalty, params.presence_penalty]
-        self._ints[row] = to_device([params.seed or 0, num_generated, top_k], torch.int64, self.device)
-        self._floats[row] = to_device(draw + penalties, torch.float32, self.device)
+        self._ints[:, row] = to_device([params.seed or 0, num_generated, top_k], torch.int64, self.device)
+        self._floats[:, row] = to_device(draw + penalties, torch.float32, self.device)

@@ -60,6 +60,9 @@ class Constraint:
         self._seconds = 0.0
         self.is_done = False
 
+    must_know_tokens = True  # there is a mask for every token, made of those before it; see ThinkingBudget
+    is_idle = is_over = False
+
     @property
     def has_begun(self) -> bool:
         """Whether the grammar holds for the next token."""

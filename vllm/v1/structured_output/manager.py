@@ -20,6 +20,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output.constraint import Constraint, TokenSets
 from vllm.v1.structured_output.masks import TokenMasks, num_words, pack_tokens
 from vllm.v1.structured_output.spec import Compiler, GrammarSpec, Vocabulary, spec_of
+from vllm.v1.structured_output.thinking import ThinkingBudget
 
 logger = init_logger(__name__)
 
@@ -116,7 +117,7 @@ class GrammarManager:
 
     def __init__(self, load_vocabulary: Callable[[], Vocabulary], vocab_size: int) -> None:
         self._cache = GrammarCache(load_vocabulary)
-        self._num_words = num_words(vocab_size)
+        self._vocab_size = vocab_size
         self._threads: ThreadPoolExecutor | None = None
         self._waiting: dict[str, Request] = {}
         self._compiled: queue.SimpleQueue[tuple[Request, Constraint | None]] = queue.SimpleQueue()
@@ -157,13 +158,26 @@ class GrammarManager:
             if self._waiting.get(request.request_id) is not request:
                 continue  # aborted meanwhile
             del self._waiting[request.request_id]
-            request.constraint = constraint
             if constraint is None:
                 failed.append(request)
                 continue
-            self._live[request.request_id] = request
+            self.hold(request, constraint)
             ready.append(request)
         return ready, failed
+
+    def hold(self, request: Request, constraint: Constraint | None = None) -> None:
+        """Keep a request to its constraint from its next token on, and to its thinking budget, where it has one."""
+        params = request.sampling_params
+        if params.thinking_token_budget is not None:
+            constraint = ThinkingBudget(
+                params.thinking_token_budget,
+                params.thinking_token_ids,
+                request.prompt_token_ids,
+                self._vocab_size,
+                constraint,
+            )
+        request.constraint = constraint
+        self._live[request.request_id] = request
 
     def masks(self, scheduled: Iterable[str]) -> TokenMasks | None:
         """The masks of a step, once the scheduler has counted its tokens as computed; None where nothing is constrained.
@@ -173,11 +187,11 @@ class GrammarManager:
         """
         if not self._live:
             return None
-        self._live = {key: request for key, request in self._live.items() if not request.is_finished}
-        rows = [self._live[key] for key in scheduled if key in self._live and not self._live[key].num_uncomputed_tokens]
+        self._live = {key: request for key, request in self._live.items() if not _is_free(request)}
+        rows = [self._live[key] for key in scheduled if key in self._live and _needs_mask(self._live[key])]
         if not rows:
             return None
-        words = np.empty((len(rows), self._num_words), dtype=np.int32)
+        words = np.empty((len(rows), num_words(self._vocab_size)), dtype=np.int32)
         for i, request in enumerate(rows):
             request.constraint.fill(words, i)
         return TokenMasks([request.request_id for request in rows], words)
@@ -195,3 +209,15 @@ class GrammarManager:
         except Exception as error:
             logger.error("Request %s cannot be constrained: %s", request.request_id, error)
         self._compiled.put((request, constraint))
+
+
+def _is_free(request: Request) -> bool:
+    """Whether nothing holds a request any more; one whose thinking is over goes on as if nothing ever had."""
+    if not request.is_finished and request.constraint.is_over:
+        request.constraint = None
+    return request.is_finished or request.constraint is None
+
+
+def _needs_mask(request: Request) -> bool:
+    """Whether the step samples a token for the request, and not just any token may come."""
+    return not request.num_uncomputed_tokens and not request.constraint.is_idle

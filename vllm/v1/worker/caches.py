@@ -16,7 +16,7 @@ def bind_caches(model: CausalLM, cache: CacheConfig, sizes: PoolSizes, device: t
     [num_slots, conv_dim, kernel - 1] and the recurrent state [num_slots, Hv, V, K].
     """
     layers = model.stateful_layers()
-    kv_dtype = getattr(torch, cache.kv_cache_dtype)
+    kv_dtype = torch.float8_e4m3fn if cache.kv_cache_dtype == "fp8_e4m3" else getattr(torch, cache.kv_cache_dtype)
     state_dtypes = {
         "conv_state": getattr(torch, cache.mamba_cache_dtype),
         "ssm_state": getattr(torch, cache.mamba_ssm_cache_dtype),

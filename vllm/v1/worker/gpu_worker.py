@@ -10,16 +10,19 @@ import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import load_model
-from vllm.sampling_params import SamplingParams
 from vllm.v1.core.memory_plan import MemoryPlanError, PoolSizes, format_bytes, plan_pools, weight_bytes
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.model_runner import MakeMasks, ModelRunner
+from vllm.v1.worker.pending import PendingOutput
+from vllm.v1.worker.warm_up import compile_kernels, longest_chunk, run_largest_steps
 
 logger = init_logger(__name__)
 
 CONTEXT_BYTES = 640 << 20
 """The most that a CUDA context takes by itself; what is in use beyond it when we start belongs to other programs."""
+
+GROWTH_BYTES = 384 << 20
+"""Kept back for what comes after the pools: graphs of sampling that no measured step needed, and what the driver rounds up."""
 
 CPU_POOL_BYTES = 4 << 30
 """Memory for both pools on a CPU when nothing is asked for: a machine that serves from RAM has other things in it."""
@@ -48,13 +51,19 @@ class Worker:
         logger.info("Model loaded in %.1f s", time.perf_counter() - start)
         self.sizes = sizes = self._plan(self._pool_budget())
         self.runner.bind(sizes)
+        if self.device.type == "cuda":
+            start = time.perf_counter()
+            compile_kernels(self.runner)
+            torch.cuda.synchronize()
+            logger.info("Kernels for prompts ready in %.1f s", time.perf_counter() - start)
+            self.runner.capture_decode_graphs()
         tokens = (sizes.num_blocks - 1) * self.config.cache_config.block_size
         logger.info("GDN state: %s in %d slots", format_bytes(sizes.state_bytes), sizes.num_slots)
         logger.info("KV pages:  %s in %d pages, %d tokens", format_bytes(sizes.kv_bytes), sizes.num_blocks, tokens)
         return sizes
 
-    def execute(self, scheduled: SchedulerOutput, make_masks: MakeMasks | None = None) -> ModelRunnerOutput:
-        """Run one scheduled step, in which `make_masks` says what the constrained sequences may go on with."""
+    def execute(self, scheduled: SchedulerOutput, make_masks: MakeMasks | None = None) -> PendingOutput:
+        """Queue one scheduled step, in which `make_masks` says what the constrained sequences may go on with."""
         return self.runner.execute(scheduled, make_masks)
 
     def _plan(self, budget: int, **limits: int | None) -> PoolSizes:
@@ -107,7 +116,7 @@ class Worker:
         context = min(self._total - self._free_at_start, CONTEXT_BYTES)
         beside = context + max(self._free_at_start - free - torch.cuda.memory_reserved(), 0)
         # Other programs' memory does not count against our share, but what they hold we cannot have.
-        budget = min(allowed, self._free_at_start + context) - (peak - pools) - beside
+        budget = min(allowed, self._free_at_start + context) - (peak - pools) - beside - GROWTH_BYTES
         logger.info(
             "GPU memory: %s of %s allowed; weights %s, largest step %s, CUDA and libraries %s; left for state and pages %s",
             *map(format_bytes, (allowed, self._total, weights, peak - pools - weights, beside, max(budget, 0))),
@@ -117,29 +126,13 @@ class Worker:
         return budget
 
     def _run_largest_steps(self) -> int:
-        """Run the two steps that need most memory, on pools just large enough. Returns the bytes of those pools.
-
-        One long prompt has the largest layer workspace; as many sequences as may run have the most logits to sample from.
-        """
-        limits, text = self.config.scheduler_config, self.config.model_config.hf_config.text
-        page = self.config.cache_config.block_size
-        longest = min(limits.max_num_batched_tokens, self.config.model_config.max_model_len)
-        many = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+        """Run the steps that need most memory, on pools just large enough. Returns the bytes of those pools."""
+        longest = longest_chunk(self.config)
         pools = self._plan(1 << 60, max_model_len=longest, max_num_seqs=1, num_gpu_blocks_override=None)
         self.runner.bind(pools)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        prompt = [i % text.vocab_size for i in range(longest)]
-        pages = list(range(1, pools.num_blocks))
-        params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, seed=0, max_tokens=1)
-        # Every fake sequence shares the one slot and the same pages: the numbers are thrown away.
-        for lengths in ([longest], [1] * many):
-            requests = [
-                NewRequestData(f"profile-{i}", prompt[:n], n, params, pages[: -(-n // page)], 1, 0)
-                for i, n in enumerate(lengths)
-            ]
-            ids = [request.request_id for request in requests]
-            scheduled = dict(zip(ids, lengths, strict=True))
-            self.runner.execute(SchedulerOutput(num_scheduled_tokens=scheduled, new_requests=requests))
-            self.runner.execute(SchedulerOutput(finished_request_ids=ids))
+        run_largest_steps(self.runner)
+        compile_kernels(self.runner)
+        self.runner.capture_decode_graphs()
         return pools.kv_bytes + pools.state_bytes

@@ -1,8 +1,8 @@
 """The sequences the worker knows, one row each, and the flat batch of one step.
 
 A sequence keeps its row from its first step to its last. What a step needs of it lives on the device under that row: the newest
-token, the page table, the state slot, the sampling parameters. The host keeps what it must know to build batches without
-asking the device: which tokens are prompt, and how many are computed.
+token, the number of tokens before it, the page table, the state slot, the sampling parameters. The host keeps what it must know to
+build batches without asking the device: the tokens it was told, and how many are computed. It never waits for those that are sampled.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from vllm.forward_context import PAD_SLOT_ID
+from vllm.model_executor.layers.ops.decode_step import DecodeTables
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.sample.state import SamplingState
@@ -23,11 +25,16 @@ class Sequence:
     """The host's side of one row."""
 
     row: int
-    token_ids: list[int]  # known tokens: prompt, then what was sampled
+    token_ids: list[int]  # those it came with: its prompt and, if it was sent back before, what it had generated
     num_prompt_tokens: int
     sampling_params: SamplingParams
     num_computed_tokens: int
     num_pages: int = 0
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether its next token is one that was sampled, or the last one it came with."""
+        return self.num_computed_tokens >= max(1, len(self.token_ids) - 1)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,11 @@ class StepInputs:
     seq_lens_cpu: tuple[int, ...]
     num_decodes: int
 
+    @property
+    def ready(self) -> list[int]:
+        """Sequences whose next token can be sampled: all tokens before it are in this step, or were."""
+        return [i for i, (s, n) in enumerate(zip(self.sequences, self.seq_lens_cpu)) if n >= len(s.token_ids)]
+
 
 @dataclass
 class _PageUpdates:
@@ -68,6 +80,8 @@ class InputBatch:
         max_pages: entries of a row's page table: pages of the longest sequence allowed.
         vocab_size: logits of a row, for the sampling state.
         device: where the step's tensors live.
+
+    The device's tables have one row more than there can be sequences: `pad_row`, nobody's, for the padding of a batch.
     """
 
     def __init__(self, max_num_seqs: int, max_pages: int, vocab_size: int, device: torch.device) -> None:
@@ -75,10 +89,13 @@ class InputBatch:
         self.sequences: dict[str, Sequence] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._updates = _PageUpdates()
-        self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self.block_table = torch.zeros(max_num_seqs, max_pages, dtype=torch.int32, device=device)
-        self.state_slot = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self.pages_changed = False  # since a decode batch last looked
         self.sampling = SamplingState(max_num_seqs, vocab_size, device)
+        self.pad_row, rows = self.sampling.pad_row, self.sampling.pad_row + 1
+        self.last_token, self.num_computed = torch.zeros(2, rows, dtype=torch.int64, device=device).unbind(0)
+        self.block_table = torch.zeros(rows, max_pages, dtype=torch.int32, device=device)
+        self.state_slot = torch.full((rows,), PAD_SLOT_ID, dtype=torch.int32, device=device)
+        self.tables = DecodeTables(self.last_token, self.num_computed, self.sampling.num_generated)
 
     def update(self, scheduled: SchedulerOutput, eos_token_ids: frozenset[int]) -> None:
         """Bring the rows in line with the scheduler's decision: forget, add, append pages, in this order."""
@@ -110,6 +127,7 @@ class InputBatch:
         self.sequences[request.request_id] = sequence
         # fill_, because assigning a number to an element makes the host wait for the device
         self.last_token[row].fill_(request.token_ids[-1])
+        self.num_computed[row].fill_(request.num_computed_tokens)
         self.state_slot[row].fill_(request.state_slot)
         self.sampling.add(row, request.sampling_params, prompt, output, eos_token_ids)
         self._append_pages(sequence, request.block_ids)
@@ -124,7 +142,8 @@ class InputBatch:
     def _flush_page_updates(self) -> None:
         if not self._updates.rows:
             return
-        rows, columns, pages = self._to_device([self._updates.rows, self._updates.columns, self._updates.pages])
+        self.pages_changed = True
+        rows, columns, pages = self.to_device([self._updates.rows, self._updates.columns, self._updates.pages])
         self.block_table[rows, columns] = pages.int()
         self._updates = _PageUpdates()
 
@@ -142,14 +161,13 @@ class InputBatch:
         # A sequence's newest token is on the device already (last_token); -1 stands for it here.
         tokens: list[int] = []
         for sequence, start, n in zip(sequences, starts, query_lens, strict=True):
-            newest = n == 1 and start == len(sequence.token_ids) - 1
-            tokens.extend([-1] if newest else sequence.token_ids[start : start + n])
+            tokens.extend([-1] if sequence.is_decoding else sequence.token_ids[start : start + n])
         rows = np.array([sequence.row for sequence in sequences])
         lens = np.array(query_lens)
         query_start_loc = np.concatenate([[0], np.cumsum(lens)])
         positions = np.arange(query_start_loc[-1]) - np.repeat(query_start_loc[:-1] - np.array(starts), lens)
 
-        device = self._to_device([rows, np.repeat(rows, lens), tokens, positions, query_start_loc, seq_lens, starts])
+        device = self.to_device([rows, np.repeat(rows, lens), tokens, positions, query_start_loc, seq_lens, starts])
         rows_d, token_rows, tokens_d, positions_d, query_start_loc_d, seq_lens_d, starts_d = device
         return StepInputs(
             request_ids=request_ids,
@@ -167,11 +185,12 @@ class InputBatch:
         )
 
     def advance(self, step: StepInputs) -> None:
-        """Note on the host that the step's tokens are computed."""
+        """Note, on the host and on the device, that the step's tokens are computed."""
+        self.num_computed[step.rows] = step.seq_lens.long()
         for sequence, n in zip(step.sequences, step.query_lens_cpu, strict=True):
             sequence.num_computed_tokens += n
 
-    def _to_device(self, arrays: list) -> list[torch.Tensor]:
+    def to_device(self, arrays: list) -> list[torch.Tensor]:
         """Several int64 vectors in one transfer, through pinned memory where that saves a wait."""
         arrays = [np.asarray(a, dtype=np.int64) for a in arrays]
         packed = torch.from_numpy(np.concatenate(arrays))

@@ -1,28 +1,36 @@
-"""One step on the device: build the batch, run the model, sample, report.
+"""One step on the device: build the batch, run the model, sample, and leave a promise of the results.
 
-Nothing between the input copy and the copy of the sampled tokens waits for the device.
+Nothing here waits for the device, so a step can be queued while the one before it is computed. Steps in which every sequence computes
+one token run on tensors that stay in place (`DecodeBatch`), on a GPU as two CUDA graphs: the network, and the choice of the tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from vllm.config import VllmConfig
 from vllm.forward_context import ForwardContext, set_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.ops.decode_step import commit_tokens
 from vllm.v1.attention.backends.gdn_attn import build_gdn_attention_metadata
 from vllm.v1.attention.backends.paged_attn import build_paged_attention_metadata
 from vllm.v1.core.memory_plan import PoolSizes
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.sample.logprobs import prompt_logprobs
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.sample.token_masks import DeviceMasks
 from vllm.v1.structured_output.masks import TokenMasks
 from vllm.v1.worker.caches import bind_caches, unbind_caches
-from vllm.v1.worker.input_batch import InputBatch, StepInputs
+from vllm.v1.worker.cudagraph import GraphCache, capture_sizes, padded_size
+from vllm.v1.worker.decode_batch import DecodeBatch
+from vllm.v1.worker.input_batch import InputBatch, Sequence, StepInputs
+from vllm.v1.worker.pending import PendingOutput
+
+logger = init_logger(__name__)
 
 MakeMasks = Callable[[], TokenMasks | None]
 
@@ -41,88 +49,177 @@ class ModelRunner:
         self.device = device
         self.sampler = Sampler()
         self.eos_token_ids = frozenset(config.model_config.hf_config.eos_token_ids)
+        self._gdn_layers = model.stateful_layers().gdn
 
     def bind(self, sizes: PoolSizes) -> None:
         """Allocate both pools, hand each stateful layer its part, and start with no sequence."""
         bind_caches(self.model, self.config.cache_config, sizes, self.device)
-        block_size = self.config.cache_config.block_size
-        max_pages = -(-self.config.model_config.max_model_len // block_size)
-        vocab_size = self.config.model_config.hf_config.text.vocab_size
-        self.batch = InputBatch(self.config.scheduler_config.max_num_seqs, max_pages, vocab_size, self.device)
+        block_size, max_model_len = self.config.cache_config.block_size, self.config.model_config.max_model_len
+        max_num_seqs, text = self.config.scheduler_config.max_num_seqs, self.config.model_config.hf_config.text
+        max_pages = -(-max_model_len // block_size)
+        self.batch = InputBatch(max_num_seqs, max_pages, text.vocab_size, self.device)
+        self.decode = DecodeBatch(self.batch, block_size, max_model_len)
+        self._graph_sizes: tuple[int, ...] = ()
+        compilation = self.config.compilation_config
+        if self.device.type == "cuda" and compilation.decode_graphs:
+            most = min(max_num_seqs, compilation.max_capture_size or max_num_seqs)
+            self._graph_sizes = capture_sizes(most, compilation.capture_sizes)
+            self.graphs = GraphCache(self.device)
+            dtype = getattr(torch, self.config.model_config.dtype)
+            # what the network's graph leaves for the sampler's
+            self._hidden = torch.empty(most, text.hidden_size, dtype=dtype, device=self.device)
+            self._sampled = torch.empty(most, dtype=torch.int32, device=self.device)
 
     def unbind(self) -> None:
-        """Give the pools' memory back."""
+        """Give the pools' memory back, and the graphs captured over them."""
         unbind_caches(self.model)
-        del self.batch
+        self.__dict__.pop("graphs", None)
+        del self.batch, self.decode
 
     @torch.inference_mode()
-    def execute(self, scheduled: SchedulerOutput, make_masks: MakeMasks | None = None) -> ModelRunnerOutput:
-        """Compute the scheduled tokens; sample where a sequence's known tokens end.
+    def execute(self, scheduled: SchedulerOutput, make_masks: MakeMasks | None = None) -> PendingOutput:
+        """Queue the computation of the scheduled tokens, and of the next one where a sequence's known tokens end.
 
         Args:
             make_masks: gives the masks of constrained sequences. It is called while the device computes.
-
-        Returns the sampled tokens and the log-probabilities asked for, by request id.
         """
         self.batch.update(scheduled, self.eos_token_ids)
+        output = PendingOutput()
         if not scheduled.num_scheduled_tokens:
-            return ModelRunnerOutput()
-        step = self.batch.build_step(scheduled)
-        hidden = self._forward(step)  # [T, D]
-        output = ModelRunnerOutput()
-        self._sample(step, hidden, output, None if make_masks is None else make_masks())
-        self._score_prompts(step, hidden, output)
-        self.batch.advance(step)
+            return output
+        sequences = [self.batch.sequences[request_id] for request_id in scheduled.num_scheduled_tokens]
+        if all(sequence.is_decoding for sequence in sequences):
+            self._decode(tuple(scheduled.num_scheduled_tokens), sequences, output, make_masks)
+        else:
+            self._compute_chunks(self.batch.build_step(scheduled), output, make_masks)
         return output
 
-    def _forward(self, step: StepInputs) -> torch.Tensor:
+    # Steps of one token a sequence
+
+    def _decode(
+        self,
+        request_ids: tuple[str, ...],
+        sequences: list[Sequence],
+        output: PendingOutput,
+        make_masks: MakeMasks | None,
+    ) -> None:
+        n, state = len(sequences), self.batch.sampling
+        size = padded_size(self._graph_sizes, n)
+        self.decode.select([sequence.row for sequence in sequences], size or n)
+        rows = self.decode.rows[:n]
+        if size is None:
+            hidden = self.decode.forward(self.model, n, [s.num_computed_tokens + 1 for s in sequences])
+        else:
+            self._replay(self._forward_key(size), lambda: self._graph_forward(size))
+            hidden = self._hidden[:n]
+        masks = self._device_masks(make_masks, request_ids)
+        if size is not None and masks is None and state.plan.in_graphs:
+            self._replay(("sample", size, state.plan), lambda: self._graph_sample(size))
+            packed, num_logprobs = self._sampled[:n, None], [None] * n
+        else:
+            sampled = self.sampler(self.model.compute_logits(hidden), state, rows, masks)
+            state.note(rows, sampled.token_ids)
+            commit_tokens(rows, sampled.token_ids, self.batch.tables)
+            packed, num_logprobs = sampled.packed(), [state.num_logprobs.get(s.row) for s in sequences]
+        output.add_sampled(request_ids, packed, num_logprobs)
+        for sequence in sequences:
+            sequence.num_computed_tokens += 1
+
+    def _forward_key(self, size: int) -> tuple:
+        """Variants may change between two steps, and each has graphs of its own."""
+        return ("forward", size, *(layer.variants for layer in self._gdn_layers[:1]))
+
+    def _graph_forward(self, size: int) -> None:
+        self._hidden[:size].copy_(self.decode.forward(self.model, size))
+
+    def _graph_sample(self, size: int) -> None:
+        rows = self.decode.rows[:size]
+        sampled = self.sampler(self.model.compute_logits(self._hidden[:size]), self.batch.sampling, rows)
+        commit_tokens(rows, sampled.token_ids, self.batch.tables)
+        self._sampled[:size].copy_(sampled.token_ids)
+
+    def _replay(self, key: tuple, run: Callable[[], None]) -> None:
+        """Queue a graph, captured when it is first wanted."""
+        if key not in self.graphs:
+            self._capture(key, run)
+        self.graphs.replay(key)
+
+    def _capture(self, key: tuple, run: Callable[[], None]) -> None:
+        """Compile what `run` launches by running it over rows of nobody, then record it."""
+        decode, size = self.decode, key[1]
+        rows, slots = decode.rows[:size].clone(), decode.state_indices[:size].clone()
+        decode.clear(size)
+        run()
+        self.graphs.capture(key, run)
+        decode.rows[:size], decode.state_indices[:size] = rows, slots
+
+    @torch.inference_mode()
+    def capture_decode_graphs(self) -> None:
+        """Capture the graphs of greedy decoding before the first request wants them, the largest first, which makes room for all."""
+        start = time.perf_counter()
+        for size in reversed(self._graph_sizes):
+            self._capture(self._forward_key(size), lambda size=size: self._graph_forward(size))
+            self._capture(("sample", size, self.batch.sampling.plan), lambda size=size: self._graph_sample(size))
+        if self._graph_sizes:
+            torch.cuda.synchronize()
+            logger.info(
+                "CUDA graphs for %d batch sizes up to %d captured in %.1f s",
+                len(self._graph_sizes),
+                self._graph_sizes[-1],
+                time.perf_counter() - start,
+            )
+
+    # Steps with chunks of prompts
+
+    def _compute_chunks(self, step: StepInputs, output: PendingOutput, make_masks: MakeMasks | None) -> None:
         batch = self.batch
         context = ForwardContext(
             attn=build_paged_attention_metadata(step, batch.block_table, self.config.cache_config.block_size),
             gdn=build_gdn_attention_metadata(step, batch.state_slot),
         )
         with set_forward_context(context):
-            return self.model(step.input_ids, step.positions)
+            hidden = self.model(step.input_ids, step.positions)  # [T, D]
+        self._sample(step, hidden, output, make_masks)
+        self._score_prompts(step, hidden, output)
+        batch.advance(step)
 
     def _sample(
-        self, step: StepInputs, hidden: torch.Tensor, output: ModelRunnerOutput, masks: TokenMasks | None
+        self, step: StepInputs, hidden: torch.Tensor, output: PendingOutput, make_masks: MakeMasks | None
     ) -> None:
         """Draw the next token of every sequence whose last known token is in this step."""
-        ready = [i for i, s in enumerate(step.sequences) if step.seq_lens_cpu[i] == len(s.token_ids)]
+        ready = step.ready
+        request_ids = [step.request_ids[i] for i in ready]
+        masks = self._device_masks(make_masks, request_ids)
         if not ready:
             return
         rows, last = step.rows, step.query_start_loc[1:].long() - 1  # [S]
         if len(ready) < len(step.sequences):
-            index = torch.tensor(ready, device=self.device)
+            (index,) = self.batch.to_device([ready])
             rows, last = rows[index], last[index]
-        logits = self.model.compute_logits(hidden[last])  # [R, vocab]
         state = self.batch.sampling
-        allowed = None
-        if masks is not None:
-            place = {step.request_ids[i]: place for place, i in enumerate(ready)}
-            allowed = DeviceMasks(masks.words, [place[request_id] for request_id in masks.request_ids], self.device)
-        sampled = self.sampler(logits, state, rows, allowed)
+        sampled = self.sampler(self.model.compute_logits(hidden[last]), state, rows, masks)
         self.batch.last_token[rows] = sampled.token_ids
         state.append(rows, sampled.token_ids)
-
         num_logprobs = [state.num_logprobs.get(step.sequences[i].row) for i in ready]
-        token_ids, logprobs = sampled.to_lists(num_logprobs)  # the step's one wait for the device
-        for i, token_id, scores in zip(ready, token_ids, logprobs, strict=True):
-            request_id = step.request_ids[i]
-            step.sequences[i].token_ids.append(token_id)
-            output.sampled_token_ids[request_id] = [token_id]
-            if scores is not None:
-                output.logprobs[request_id] = [scores]
+        output.add_sampled(request_ids, sampled.packed(), num_logprobs)
 
-    def _score_prompts(self, step: StepInputs, hidden: torch.Tensor, output: ModelRunnerOutput) -> None:
+    def _score_prompts(self, step: StepInputs, hidden: torch.Tensor, output: PendingOutput) -> None:
         """Log-probabilities of prompt tokens: position p of the prompt predicts the prompt's token p + 1."""
         offset = 0
         for request_id, sequence, n in zip(step.request_ids, step.sequences, step.query_lens_cpu, strict=True):
             k, start = sequence.sampling_params.prompt_logprobs, sequence.num_computed_tokens
             scored = min(n, sequence.num_prompt_tokens - 1 - start)
             if k is not None and scored > 0:
-                targets = torch.tensor(sequence.token_ids[start + 1 : start + 1 + scored], device=self.device)
+                (targets,) = self.batch.to_device([sequence.token_ids[start + 1 : start + 1 + scored]])
                 k = k if k >= 0 else self.batch.sampling.vocab_size
                 scores = prompt_logprobs(hidden[offset : offset + scored], self.model.compute_logits, targets, k)
-                output.prompt_logprobs[request_id] = scores.to_lists([k] * scored)
+                output.add_prompt_logprobs(request_id, scores, k)
             offset += n
+
+    def _device_masks(self, make_masks: MakeMasks | None, request_ids: Iterable[str]) -> DeviceMasks | None:
+        """The masks of this step, for logits with one row a request of `request_ids`."""
+        masks = None if make_masks is None else make_masks()
+        if masks is None:
+            return None
+        place = {request_id: place for place, request_id in enumerate(request_ids)}
+        return DeviceMasks(masks.words, [place[request_id] for request_id in masks.request_ids], self.device)

@@ -131,13 +131,13 @@ class ForgetsOutput(Scheduler):
 
 
 class RepeatsPromptLogprobs(Scheduler):
-    def _take_prompt_logprobs(self, request, num_scheduled, model_output):
-        return model_output.prompt_logprobs.get(request.request_id, [])
+    def _take_prompt_logprobs(self, row, model_output):
+        return model_output.prompt_logprobs.get(row.request.request_id, [])
 
 
 class LosesPromptLogprobs(Scheduler):
-    def _take_prompt_logprobs(self, request, num_scheduled, model_output):
-        return super()._take_prompt_logprobs(request, num_scheduled, model_output)[1:]
+    def _take_prompt_logprobs(self, row, model_output):
+        return super()._take_prompt_logprobs(row, model_output)[1:]
 
 
 class SkipsTheFirst(Scheduler):
@@ -250,14 +250,14 @@ def test_a_faulty_manager_is_caught(monkeypatch: pytest.MonkeyPatch, manager: ty
         (PrefillsFirst, "decode rows do not come first|does not advance"),
         (Overspends, "token budget exceeded"),
         (Overcrowds, "too many sequences"),
-        (ForgetsOutput, "not known yet|still to compute"),
+        (ForgetsOutput, "not known yet|tokens for request"),
         (RepeatsPromptLogprobs, "prompt logprobs doubled"),
         (LosesPromptLogprobs, "prompt logprobs doubled or left out"),
         (SkipsTheFirst, "does not advance"),
         (StopsTooSoon, "ended early or late|ended by"),
         (RunsOn, "other tokens than when running alone"),
         (IgnoresStopIds, "other tokens than when running alone|ended early or late"),
-        (IgnoresAborts, "is not in this queue|still to compute"),
+        (IgnoresAborts, "is not in this queue|tokens for request"),
         (SilentAboutAdmission, "scheduled_time"),
         (AdmitsNobody, "cannot be admitted"),
     ],

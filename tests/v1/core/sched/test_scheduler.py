@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from tests.v1.core.sched.fake_worker import EOS, Setup
@@ -97,13 +99,38 @@ def test_a_step_with_nothing_to_do_is_empty() -> None:
     assert not scheduler.has_unfinished_requests
 
 
-def test_scheduling_again_before_the_results_schedules_nothing_twice() -> None:
+def test_scheduling_ahead_of_the_results_goes_on_to_the_last_token_and_no_further() -> None:
     scheduler = Setup().make_scheduler()
-    add(scheduler, "a", 3)
-    step = scheduler.schedule()
-    assert scheduler.schedule().num_scheduled_tokens == {}
-    answer(scheduler, step)
-    assert scheduler.schedule().num_scheduled_tokens == {"a": 1}
+    request = add(scheduler, "a", 3, SamplingParams(max_tokens=2, ignore_eos=True))
+    steps = [scheduler.schedule() for _ in range(3)]
+    assert [step.num_scheduled_tokens for step in steps] == [{"a": 3}, {"a": 1}, {}]
+    assert request.num_under_way == 2
+    outputs = [scheduler.update_from_output(step, ModelRunnerOutput({"a": [50]})) for step in steps[:2]]
+    assert [output.new_token_ids for (output,) in outputs] == [[50], [50]]
+    assert request.finish_reason == "length"
+
+
+def test_what_was_computed_behind_a_stop_is_dropped() -> None:
+    scheduler = Setup().make_scheduler()
+    request = add(scheduler, "a", 3, SamplingParams(max_tokens=9))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    (output,) = scheduler.update_from_output(first, ModelRunnerOutput({"a": [0]}))
+    assert (output.new_token_ids, output.finish_reason) == ([0], "stop")
+    again = add(scheduler, "a", 2)
+    assert scheduler.schedule().finished_request_ids == ["a"]
+    assert scheduler.update_from_output(second, ModelRunnerOutput({"a": [7]})) == []
+    assert (request.output_token_ids, again.output_token_ids) == ([0], [])
+
+
+@pytest.mark.parametrize("must_know", [True, False])
+def test_a_text_whose_next_token_depends_on_the_last_is_not_scheduled_ahead(must_know: bool) -> None:
+    scheduler = Setup().make_scheduler()
+    request = add(scheduler, "a", 3)
+    assert not scheduler.must_know_tokens
+    request.constraint = SimpleNamespace(must_know_tokens=must_know)
+    scheduler.schedule()
+    assert scheduler.must_know_tokens == must_know
+    assert scheduler.schedule().num_scheduled_tokens == ({} if must_know else {"a": 1})
 
 
 # What the worker is told.
@@ -341,7 +368,7 @@ def test_a_worker_that_samples_at_the_wrong_time_is_an_error(sampled: dict[str, 
     """A token in mid-prompt, or none at its end."""
     scheduler = Setup(max_num_batched_tokens=8).make_scheduler()
     add(scheduler, "a", 12 if sampled else 4)
-    with pytest.raises(RuntimeError, match="for request a with"):
+    with pytest.raises(RuntimeError, match="for request a in a step that computed"):
         scheduler.update_from_output(scheduler.schedule(), ModelRunnerOutput(sampled))
 
 

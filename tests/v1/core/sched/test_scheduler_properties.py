@@ -48,10 +48,9 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
 class EngineMachine(RuleBasedStateMachine):
     """An engine that requests enter and leave at any moment, also while a step is under way."""
 
-    @initialize(setup=setups())
-    def start(self, setup: Setup) -> None:
-        self.harness = Harness(setup)
-        self.pending = None
+    @initialize(setup=setups(), ahead=st.integers(0, 1))
+    def start(self, setup: Setup, ahead: int) -> None:
+        self.harness = Harness(setup, ahead=ahead, most_ahead=2)
         self.num_ids = 0
 
     @rule(
@@ -78,19 +77,18 @@ class EngineMachine(RuleBasedStateMachine):
         self.harness.abort(request_id)
         self._add(request_id, 7, length, params, priority=1, arrival_time=1.0)
 
-    @precondition(lambda self: self.pending is None)
+    @precondition(lambda self: len(self.harness.pending) < 2)
     @rule()
     def begin_step(self) -> None:
-        self.pending = self.harness.begin()
+        self.harness.begin()
 
-    @precondition(lambda self: self.pending is not None)
-    @rule()
-    def end_step(self) -> None:
-        self._end_pending()
+    @precondition(lambda self: self.harness.pending)
+    @rule(keep=st.integers(0, 1))
+    def end_step(self, keep: int) -> None:
+        self.harness.end(keep)
 
     @rule(num_steps=st.integers(1, 10))
     def run(self, num_steps: int) -> None:
-        self._end_pending()
         for _ in range(num_steps):
             self.harness.step()
 
@@ -101,7 +99,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "harness"):
-            self._end_pending()
+            self.harness.end()
             self.harness.drain()
 
     def _add(
@@ -111,11 +109,6 @@ class EngineMachine(RuleBasedStateMachine):
         length = min(length, self.harness.setup.max_prompt_len)
         self.harness.add(request_id, [rng.randrange(1000) for _ in range(length)], params, priority, arrival_time)
 
-    def _end_pending(self) -> None:
-        if self.pending is not None:
-            self.harness.end(*self.pending)
-            self.pending = None
-
 
 TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = settings(
@@ -123,13 +116,14 @@ TestEngineMachine.settings = settings(
 )
 
 
+@pytest.mark.parametrize("ahead", [0, 1], ids=["in_step", "ahead"])
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
-def test_storms(policy: str, chunked: bool) -> None:
+def test_storms(policy: str, chunked: bool, ahead: int) -> None:
     num_preemptions = num_finished = 0
     for seed in range(250):
         rng = random.Random(seed)
-        harness = Harness(random_setup(rng, policy, chunked))
+        harness = Harness(random_setup(rng, policy, chunked), ahead=ahead)
         storm(harness, rng, num_requests=25)
         num_preemptions += harness.scheduler.num_preemptions
         num_finished += sum(ledger.finish[0] != "abort" for ledger in harness.closed)

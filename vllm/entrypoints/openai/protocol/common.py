@@ -22,7 +22,6 @@ REFUSED = {
     "best_of": "send n, and choose on your side",
     "use_beam_search": "beam search is not supported",
     "length_penalty": "beam search is not supported",
-    "thinking_token_budget": "limiting the thinking is not supported; use max_tokens",
     "guided_json": _BY_STRUCTURED,
     "guided_regex": _BY_STRUCTURED,
     "guided_choice": _BY_STRUCTURED,
@@ -106,6 +105,9 @@ class GenerationRequest(Strict):
     min_tokens: int | None = Field(None, ge=0)
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
+    thinking_token_budget: int | None = Field(
+        None, ge=-1, lt=1 << 63, description="Tokens of thinking after which it is ended; -1 is no limit."
+    )
     bad_words: Annotated[list[ShortText], Field(max_length=1000)] | None = None
     allowed_token_ids: list[int] | None = None
     logit_bias: dict[str, float] | None = None
@@ -121,7 +123,7 @@ class GenerationRequest(Strict):
     )
     request_id: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")
     cache_salt: str | None = Field(
-        None, min_length=1, description="Requests share cached prefixes only within one salt."
+        None, min_length=1, description="Keeps cached prefixes apart; nothing is cached here, so it changes nothing."
     )
     user: str | None = None
 
@@ -147,6 +149,11 @@ class GenerationRequest(Strict):
     @property
     def num_sequences(self) -> int:
         return self.n or 1
+
+    @property
+    def offers_tools(self) -> bool:
+        """Whether the model may call tools in its answer."""
+        return False
 
     @model_validator(mode="after")
     def _bounded(self) -> GenerationRequest:
@@ -194,5 +201,6 @@ _SAMPLING_FIELDS = (
         "seed",
     ),
     *("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "bad_words"),
+    "thinking_token_budget",
     *("skip_special_tokens", "spaces_between_special_tokens", "allowed_token_ids", "logit_bias", "prompt_logprobs"),
 )

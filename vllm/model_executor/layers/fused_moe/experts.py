@@ -1,5 +1,7 @@
-"""y_s = down_e(silu(gate_e x) * up_e x) for every choice s = (token, expert e): three ways to the same numbers.
+"""y_s = down_e(silu(gate_e x) * up_e x) for every choice s = (token, expert e): the ways to the same numbers.
 
+    few      kernels that stream each choice's packed weights, router and shared expert included (ops/few_tokens.py)
+    tiles    kernels over blocks of one expert's choices, weights as they are stored (ops/route.py, ops/grouped.py)
     loop     expert by expert, those that have tokens: cheap and exact, but it asks the device which they are. For the CPU.
     grouped  tokens sorted by expert, then torch's grouped matrix product. CUDA devices with a grouped kernel.
     blocks   tokens sorted by expert into blocks of one expert each, then a batched product with each block's own copy of its
@@ -21,30 +23,48 @@ import torch.nn.functional as F
 WeightsOf = Callable[[torch.Tensor | slice], torch.Tensor]
 """Experts [n] (or a run of n) -> their dense matrices [n, rows, columns]."""
 
+FEW_TOKENS, MOST_FEW_TOKENS = 12, 16
+"""Tokens up to which each choice reads its expert's weights for itself; the second where nothing else reads them as they are stored."""
+
 MAX_BYTES = 256 << 20
 """Bound on copies of expert matrices that `blocks` holds at once."""
 
 
 @dataclass(frozen=True)
 class ExpertsPlan:
-    """How one batch is computed. `block` is the number of choices in a block, for `blocks` alone."""
+    """How one batch is computed. `block` is the number of choices in a block, for `blocks` and `tiles`."""
 
     way: str
     block: int = 0
 
 
 def plan_experts(
-    choices: int, num_experts: int, *, device: str, grouped_matmul: bool, dense_is_free: bool
+    tokens: int,
+    top_k: int,
+    num_experts: int,
+    *,
+    device: str,
+    kernels: bool,
+    tiles: bool,
+    grouped_matmul: bool,
+    dense_is_free: bool,
 ) -> ExpertsPlan:
-    """Choose a way for `choices` = tokens * top_k.
+    """Choose a way for one batch.
 
     Args:
+        kernels: whether the kernels in `ops` take the activations and weights; `tiles`, whether the grouped ones do too.
         grouped_matmul: whether `has_grouped_matmul` says so for this device, dtype and size.
         dense_is_free: the weights are dense already; otherwise `grouped` has to dequantise every expert of the layer first, which
             few choices do not repay.
     """
+    choices = tokens * top_k
     if device == "cpu":
         return ExpertsPlan("loop")
+    if kernels and 0 < tokens <= (FEW_TOKENS if tiles else MOST_FEW_TOKENS):
+        return ExpertsPlan("few")
+    if kernels and tiles and tokens:
+        per_expert = choices // num_experts
+        return ExpertsPlan("tiles", 16 if per_expert < 16 else 64 if dense_is_free and per_expert >= 64 else 32)
     if grouped_matmul and (dense_is_free or choices > num_experts // 2):
         return ExpertsPlan("grouped")
     if choices <= num_experts:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from vllm.distributed.parallel_state import get_tensor_parallel_group, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.fused_moe.experts import (
+    ExpertsPlan,
     combine,
     experts_blocks,
     experts_grouped,
@@ -16,10 +18,41 @@ from vllm.model_executor.layers.fused_moe.experts import (
     has_grouped_matmul,
     plan_experts,
 )
+from vllm.model_executor.layers.fused_moe.ops.few_tokens import moe_few_tokens
+from vllm.model_executor.layers.fused_moe.ops.front import front_triton, prefers_rows
+from vllm.model_executor.layers.fused_moe.ops.grouped import (
+    by_planes_triton,
+    combine_triton,
+    experts_triton,
+    fits_grouped,
+)
+from vllm.model_executor.layers.fused_moe.ops.route import route
+from vllm.model_executor.layers.fused_moe.ops.weights import PLANES, MoEWeights, fits
 from vllm.model_executor.layers.fused_moe.router import topk_softmax
-from vllm.model_executor.layers.linear import plain_plan, sources_of_parts
+from vllm.model_executor.layers.linear import Linear, plain_plan, sources_of_parts
 from vllm.model_executor.layers.quantization.plan import WeightPlan
 from vllm.model_executor.parameter import Slot, Source
+
+FRONT_TOKENS = 64
+"""Tokens up to which one launch computes what the router and the shared expert make of x."""
+
+PIECE = 8192
+"""Tokens that `tiles` computes at once: each choice has a row of its own until they are added up."""
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """An expert that every token goes to: sigmoid(gate x) * mlp(x).
+
+    `mlp` has gate_up_proj, act and down_proj, down(act(gate_up x)), and sums over ranks by itself; `gate` is x -> [T, 1].
+    """
+
+    mlp: nn.Module
+    gate: Linear
+
+    def down(self, h: torch.Tensor) -> torch.Tensor:
+        """h [T, S] -> this rank's part of [T, D]."""
+        return self.mlp.down_proj.scheme.apply(self.mlp.down_proj, h)
 
 
 class FusedMoE(nn.Module):
@@ -55,6 +88,7 @@ class FusedMoE(nn.Module):
         self.scheme2 = plan.scheme([f"{prefix}.0.down_proj"], intermediate_size)
         self.scheme13.create(self, "w13_", (num_experts,), 2 * self.share, hidden_size, plan.dtype)
         self.scheme2.create(self, "w2_", (num_experts,), hidden_size, self.share, plan.dtype)
+        self._weights: MoEWeights | None = None
 
     def checkpoint_slots(self) -> Iterator[Slot]:
         D, intermediate = self.hidden_size, self.intermediate_size
@@ -87,21 +121,54 @@ class FusedMoE(nn.Module):
     def process_weights_after_loading(self) -> None:
         self.scheme13.process(self, "w13_")
         self.scheme2.process(self, "w2_")
+        self._weights = None
 
-    def forward(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-        """x [T, D], router_logits [T, E] -> [T, D]."""
-        weights, experts = topk_softmax(router_logits, self.top_k)
-        return tensor_model_parallel_all_reduce(combine(self._choices(x, experts), weights))
+    def forward(self, x: torch.Tensor, router: Linear, shared: SharedExpert | None = None) -> torch.Tensor:
+        """x [T, D] -> [T, D], with the shared expert's part where there is one.
 
-    def _choices(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """x [T, D], experts [T, k] -> every choice's own result [T*k, D]."""
+        Args:
+            router: x -> logits [T, E].
+        """
+        weights = self._kernel_weights(router, shared) if x.is_cuda else None
         plan = plan_experts(
-            experts.numel(),
+            x.shape[0],
+            self.top_k,
             self.num_experts,
             device=x.device.type,
+            kernels=weights is not None and fits(x, weights),
+            tiles=weights is not None and fits_grouped(weights.w13, weights.w2),
             grouped_matmul=has_grouped_matmul(x.device, x.dtype, self.hidden_size, self.share),
             dense_is_free=self.scheme13.all_is_view and self.scheme2.all_is_view,
         )
+        if plan.way == "few":
+            return tensor_model_parallel_all_reduce(moe_few_tokens(x, weights, self.top_k))
+        if plan.way == "tiles":
+            pieces = [self._tiles(piece, weights, router, shared, plan.block) for piece in x.split(PIECE)]
+            return tensor_model_parallel_all_reduce(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+        chances, experts = topk_softmax(router(x), self.top_k)
+        y = tensor_model_parallel_all_reduce(combine(self._choices(x, experts, plan), chances))
+        return y if shared is None else y + shared.gate(x).sigmoid() * shared.mlp(x)
+
+    def _tiles(
+        self, x: torch.Tensor, weights: MoEWeights, router: Linear, shared: SharedExpert | None, block: int
+    ) -> torch.Tensor:
+        """x [T, D] -> this rank's part of [T, D], in blocks of one expert's choices."""
+        T, kind = x.shape[0], weights.w13.kind
+        extra = None
+        if T <= FRONT_TOKENS and prefers_rows(T, weights):
+            logits, hs, xp = front_triton(x.contiguous(), weights, hs_planes=1, xp_planes=PLANES[kind])
+            if shared is not None:
+                extra = shared.down(hs), logits[:, self.num_experts :]
+        else:
+            logits, xp = router(x), by_planes_triton(x.contiguous(), kind)
+            if shared is not None:
+                extra = shared.down(shared.mlp.act(shared.mlp.gate_up_proj(x))), shared.gate(x)
+        routed = route(logits, self.num_experts, self.top_k, block)
+        y = experts_triton(xp, routed, weights.w13, weights.w2)
+        return combine_triton(y, routed.shares, *(extra or ()))
+
+    def _choices(self, x: torch.Tensor, experts: torch.Tensor, plan: ExpertsPlan) -> torch.Tensor:
+        """x [T, D], experts [T, k] -> every choice's own result [T*k, D]."""
         if plan.way == "grouped":
             w13, w2 = lambda: self.scheme13.all(self, "w13_"), lambda: self.scheme2.all(self, "w2_")
             return experts_grouped(x, experts, self.num_experts, w13, w2)
@@ -109,6 +176,20 @@ class FusedMoE(nn.Module):
             return experts_loop(x, experts, self._w13, self._w2)
         elements = 2 * self.share * self.hidden_size
         return experts_blocks(x, experts, self.num_experts, plan.block, self._w13, self._w2, elements)
+
+    def _kernel_weights(self, router: Linear, shared: SharedExpert | None) -> MoEWeights | None:
+        """The layer as kernels read it; None where they cannot."""
+        if self._weights is None:
+            w13, w2 = self.scheme13.kernel_weight(self, "w13_"), self.scheme2.kernel_weight(self, "w2_")
+            parts = [w13, w2, router.scheme.kernel_weight(router)]
+            if shared is not None:
+                linears = (shared.gate, shared.mlp.gate_up_proj, shared.mlp.down_proj)
+                parts += [linear.scheme.kernel_weight(linear) for linear in linears]
+            plain = parts[2:4]  # router, gate
+            if None in parts or any(part.kind != "plain" for part in plain):
+                return None
+            self._weights = MoEWeights(plain[0].values, w13, w2, *(part.values for part in plain[1:]), *parts[4:])
+        return self._weights
 
     def _w13(self, experts: torch.Tensor | slice) -> torch.Tensor:
         return self.scheme13.select(self, "w13_", experts)

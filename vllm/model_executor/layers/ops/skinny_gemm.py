@@ -1,19 +1,32 @@
 """``y = x Wᵀ`` for a few rows of x: a decode step's projections, which take as long as their weights take to arrive.
 
-cuBLAS reaches about two thirds of the memory bandwidth on such shapes. Here every program streams some rows of W, through registers for
-one row of x and through shared memory for more, with many loads in flight. The launch overlaps the end of the kernel before: the first
-weights are on their way while that one still writes x.
+cuBLAS reaches about two thirds of the memory bandwidth on such shapes. Three kernels do better, each somewhere (skinny_gemm_plan.py):
+here a Triton kernel for one row of x and one for several, and csrc/skinny_gemm.cu, which also reads quantised weights. Their launches
+overlap the end of the kernel before: the first weights are on their way while that one still writes x.
+
+Sums are float32 and their order depends on the kernel, not on the other rows of x. So a row's result is the same bit for bit beside any
+neighbours as long as the plan and the padded number of rows (1, 8, 16, 32) are; otherwise it may differ by the last bit.
 """
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from vllm.model_executor.layers.fla.ops.device import dot, multiprocessors, overlaps_launches
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.fla.ops.device import dot, overlaps_launches
 
-MAX_ROWS = 32
-"""Rows of x up to which :func:`skinny_gemm` takes its kernel."""
+from .skinny_gemm_plan import DENSE, MAX_ROWS, Plan, plan_skinny_gemm
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.base import KernelWeight
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -86,36 +99,27 @@ def _rows_kernel(
     tl.store(at_y, acc.to(y.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
-def plan_skinny_gemm(M: int, N: int, D: int, multiprocessors: int) -> dict[str, int] | None:
-    """Tile of one launch, or None where the kernels do not fit: too many rows, or a D that no tile divides.
+def triton_tile(M: int, D: int) -> dict[str, int] | None:
+    """Tile of one Triton launch, or None where the kernels do not fit: too many rows, or a D that no tile divides.
 
     Args:
-        M, N: rows of x and of the weight. D: columns of both.
+        M: rows of x. D: columns of x and of the weight.
     """
     if not 1 <= M <= MAX_ROWS or D % 64:
         return None
-    # measured on an H200 (benchmarks/results/gdn_in_proj_h200.json): whole rows for one row of x; for more, cache lines of many rows
+    # measured on an H200: whole rows for one row of x; for more, cache lines of many rows
     if M == 1:
         return {"BN": 4, "BK": min(2048, triton.next_power_of_2(D)), "num_warps": 4}
     return {"BM": max(8, triton.next_power_of_2(M)), "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 6}
 
 
-def fits_skinny_gemm(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the kernels take these tensors; everything else is cuBLAS's."""
-    N, D = weight.shape
-    alike = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    aligned = weight.stride(1) == 1 and x.stride(-1) == 1 and weight.stride(0) % 8 == 0
-    rows = x.numel() // max(1, D)
-    return alike and aligned and plan_skinny_gemm(rows, N, D, multiprocessors(x.device)) is not None
-
-
 def skinny_gemm_triton(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Triton form of :func:`skinny_gemm`."""
+    """Triton form of :func:`skinny_gemm`, for up to 32 rows."""
     N, D = weight.shape
     rows = x.reshape(-1, D)
     M = rows.shape[0]
-    plan = plan_skinny_gemm(M, N, D, multiprocessors(x.device))
-    if plan is None or weight.stride(1) != 1 or x.shape[-1] != D:
+    tile = triton_tile(M, D)
+    if tile is None or weight.stride(1) != 1 or x.shape[-1] != D:
         raise ValueError(
             f"needs 1 to {MAX_ROWS} rows of x, weight rows of a multiple of 64 side by side and x as wide; got x {tuple(x.shape)}, "
             f"weight {tuple(weight.shape)} with strides {weight.stride()}"
@@ -124,12 +128,37 @@ def skinny_gemm_triton(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor 
     y = torch.empty(M, N, dtype=x.dtype, device=x.device) if out is None else out.view(M, N)
     overlap = overlaps_launches(x.device)
     launch = {"PDL": overlap} | ({"launch_pdl": True} if overlap else {})
-    grid = (triton.cdiv(N, plan["BN"]),)
+    grid = (triton.cdiv(N, tile["BN"]),)
     if M == 1:
-        _vector_kernel[grid](rows, weight, y, N, weight.stride(0), D=D, **plan, **launch)
+        _vector_kernel[grid](rows, weight, y, N, weight.stride(0), D=D, **tile, **launch)
     else:
-        _rows_kernel[grid](rows, weight, y, M, N, rows.stride(0), weight.stride(0), y.stride(0), D=D, **plan, **launch)
+        _rows_kernel[grid](rows, weight, y, M, N, rows.stride(0), weight.stride(0), y.stride(0), D=D, **tile, **launch)
     return y.view(*x.shape[:-1], N) if out is None else out
+
+
+def skinny_gemm_cuda(
+    x: torch.Tensor, weight: torch.Tensor | KernelWeight, out: torch.Tensor | None = None, plan: Plan | None = None
+) -> torch.Tensor:
+    """csrc/skinny_gemm.cu's form of :func:`skinny_gemm` and of :func:`quantised_gemm`, for the sizes of `ring_fits`."""
+    plan = plan or Plan("ring")
+    quantised = not isinstance(weight, torch.Tensor)
+    values = weight.values if quantised else weight
+    N, K = values.shape[0], x.shape[-1]
+    rows = _aligned(x.reshape(-1, K))
+    y = torch.empty(rows.shape[0], N, dtype=x.dtype, device=x.device) if out is None else out.view(-1, N)
+    of_weight = (
+        (weight.scale, weight.zero, weight.row_scale, weight.kind, weight.group, weight.scale_rows)
+        if quantised
+        else (None, None, None, "plain", 0, 1)
+    )
+    ops.skinny_gemm(y, rows, values, *of_weight, plan.ring * 1000, plan.late)
+    return y.view(*x.shape[:-1], N) if out is None else out
+
+
+def _aligned(rows: torch.Tensor) -> torch.Tensor:
+    """The same rows, each beginning at a multiple of 16 bytes."""
+    inside = rows.stride(1) == 1 and rows.stride(0) % 8 == 0 and rows.data_ptr() % 16 == 0
+    return rows if inside else rows.clone(memory_format=torch.contiguous_format)
 
 
 def skinny_gemm_torch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -138,10 +167,35 @@ def skinny_gemm_torch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor |
     return y if out is None else out.copy_(y)
 
 
-def skinny_gemm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ weightᵀ``: a kernel made for few rows where it fits, ``F.linear`` otherwise.
+def few_rows(x: torch.Tensor) -> bool:
+    """Whether x has so few rows, on a GPU, that a kernel of this file may be faster than cuBLAS. torch.compile sees cuBLAS alone."""
+    return x.is_cuda and 0 < x.numel() <= MAX_ROWS * x.shape[-1] and not torch.compiler.is_compiling()
 
-    The weight must not be written by the kernel right before this one in the stream: its first tile is read before that kernel ends.
+
+@lru_cache
+def _gpu(device: torch.device) -> tuple[str, bool]:
+    """Name, and whether csrc's kernel runs there. Says once where it is missing."""
+    return torch.cuda.get_device_name(device), overlaps_launches(device) and ops.available(device)
+
+
+def _plan(x: torch.Tensor, N: int, kind: str = "plain", group: int = 0) -> Plan:
+    K = x.shape[-1]
+    gpu, csrc = _gpu(x.device)
+    return plan_skinny_gemm(gpu, x.numel() // max(1, K), N, K, kind, group, csrc)
+
+
+def plan_of(x: torch.Tensor, weight: torch.Tensor) -> Plan:
+    """The plan for these tensors; dense where no kernel takes them."""
+    alike = x.dtype == weight.dtype and x.dtype in HALVES
+    if not few_rows(x) or not alike or weight.stride(1) != 1 or weight.stride(0) % 8 or weight.data_ptr() % 16:
+        return DENSE
+    return _plan(x, weight.shape[0])
+
+
+def skinny_gemm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ weightᵀ``: a kernel made for few rows where one is faster, ``F.linear`` otherwise.
+
+    The weight must not be written by the kernel right before this one in the stream: its first rows are read before that kernel ends.
 
     Args:
         x: ``[..., D]``. weight: ``[N, D]``, any row stride. out: contiguous ``[..., N]`` to write to.
@@ -149,5 +203,47 @@ def skinny_gemm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None 
     Returns:
         ``out``, or a new ``[..., N]`` in x's dtype; sums are float32.
     """
-    form = skinny_gemm_triton if x.is_cuda and fits_skinny_gemm(x, weight) else skinny_gemm_torch
+    plan = plan_of(x, weight)
+    if plan.form == "ring":
+        return skinny_gemm_cuda(x, weight, out, plan)
+    form = skinny_gemm_triton if plan.form in ("vector", "rows") else skinny_gemm_torch
     return form(x, weight, out)
+
+
+def quantised_gemm(x: torch.Tensor, weight: KernelWeight) -> torch.Tensor | None:
+    """``x @ Wᵀ`` with W dequantised in registers, or None where a dense copy of W has to be made.
+
+    W's elements are rounded to bfloat16 as in the dense copy (scales that bfloat16 does not hold are applied as two of them), and
+    sums are float32. The weight must not be written by the kernel right before this one in the stream.
+
+    Args:
+        x: bfloat16 ``[..., K]``. weight: any format but plain, as kernels read it.
+    """
+    if not few_rows(x) or x.dtype != torch.bfloat16 or not reads(weight, x.shape[-1]):
+        return None
+    plan = _plan(x, weight.values.shape[0], weight.kind, weight.group)
+    return skinny_gemm_cuda(x, weight, plan=plan) if plan.form == "ring" else None
+
+
+def reads(weight: KernelWeight, K: int) -> bool:
+    """Whether csrc's kernel can copy this weight's rows, scales and zero points, which it does in pieces of 16 bytes."""
+    if weight.kind == "plain" or not _in_pieces(weight.values, weight.values.shape[1]):
+        return False
+    if weight.group >= K:
+        return weight.zero is None and weight.row_scale is None
+    alike = (weight.kind == "fp4") == (weight.scale.dtype == torch.float8_e4m3fn)
+    if not alike or K % weight.group or (weight.zero is not None and weight.kind != "int4"):
+        return False
+    groups = min(K, 2048) // weight.group  # of what is copied at once
+    return _in_pieces(weight.scale, groups) and (weight.zero is None or _in_pieces(weight.zero, groups))
+
+
+def _in_pieces(rows: torch.Tensor, columns: int) -> bool:
+    """Whether pieces of so many columns begin and end at multiples of 16 bytes."""
+    size = rows.element_size()
+    return (
+        rows.stride(1) == 1
+        and rows.data_ptr() % 16 == 0
+        and rows.stride(0) * size % 16 == 0
+        and columns * size % 16 == 0
+    )

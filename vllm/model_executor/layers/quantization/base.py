@@ -8,14 +8,15 @@ them, may repack them once after loading, and multiplies with them or hands out 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vllm.config.quantization import WeightFormat
+from vllm.model_executor.layers.ops.skinny_gemm import few_rows, quantised_gemm
 from vllm.model_executor.parameter import Slot, Source
 
 
@@ -25,23 +26,31 @@ class TensorInfo:
 
     dtype: str  # safetensors' name: "BF16", "F8_E4M3", ...
     shape: tuple[int, ...]
+    file: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class KernelWeight:
-    """A matrix W [N, K], or a stack of them [E, N, K], as the GEMM kernels read it: W[n, k] = (q[n, k] - zero) * scale.
+    """A matrix W [N, K], or a stack of them [E, N, K], as the GEMM kernels read it: W[n, k] = (q[n, k] - zero) * scale * row_scale.
 
     `scale` and `zero` hold one number for `scale_rows` x `group` elements: that of W[n, k] is [..., n // scale_rows, k // group].
+    Neither N nor K has to be a multiple of these: the last block may be cut.
     """
 
     kind: str
     """How `values` stores q: "plain" (16-bit floats [..., N, K]), "int4" and "int8" (int32 words [..., N, K*bits/32], element k in
     bits (k mod 32/bits)*bits of word k // (32/bits)), "fp8" (e4m3 [..., N, K]), "fp4" (uint8 [..., N, K/2], e2m1, even k low)."""
     values: torch.Tensor
-    scale: torch.Tensor | None = None  # [..., N / scale_rows, K / group]; None for "plain"
+    scale: torch.Tensor | None = (
+        None  # [..., ceil(N / scale_rows), ceil(K / group)], 16 or 32 bits, or e4m3 for fp4; None for "plain"
+    )
     zero: torch.Tensor | None = None  # uint8, scale's shape; None: 8 for int4, 128 for int8, 0 for floats
     group: int = 0
     scale_rows: int = 1
+    row_scale: torch.Tensor | None = None  # float32 [..., N], fp4 only: a further factor of every row; None: 1
+    quantize_inputs: bool = False
+    """The format was made for inputs in fp8 too, with one scale a token (and a group, where weights have groups). A kernel may do
+    that where it is faster; inputs in 16 bits are more exact."""
 
 
 class WeightScheme(ABC):
@@ -52,16 +61,22 @@ class WeightScheme(ABC):
 
     @classmethod
     @abstractmethod
-    def from_tensors(cls, tensors: dict[str, TensorInfo], columns: int) -> WeightScheme | None:
+    def from_tensors(
+        cls, tensors: dict[str, TensorInfo], columns: int, stated: Sequence[WeightFormat] = ()
+    ) -> WeightScheme | None:
         """The scheme of a checkpoint module that has these tensors (name after the module's -> header) and `columns` inputs.
 
-        None where this is another format. Raises ValueError for a variant of this format that cannot be read.
+        Args:
+            stated: what the checkpoint's config says of its modules, this module's own format first.
+
+        None where this is another format. Raises ValueError for a variant of this format that cannot be read, or tensors that no
+        format in `stated` explains.
         """
 
     @classmethod
     @abstractmethod
-    def from_config(cls, config: dict[str, Any] | None, group: dict[str, Any] | None) -> WeightScheme | None:
-        """The scheme that `quantization_config` and one of its `config_groups` describe; None where it is another format."""
+    def from_format(cls, stated: WeightFormat | None) -> WeightScheme | None:
+        """The scheme that a config describes, where there are no tensors (None: plain weights); None where it is another's."""
 
     @abstractmethod
     def create(
@@ -95,8 +110,10 @@ class WeightScheme(ABC):
         return None
 
     def apply(self, layer: nn.Module, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
-        """x [..., columns] @ W[rows]ᵀ -> [..., rows]."""
-        return F.linear(x, self.all(layer, "", rows))
+        """x [..., columns] @ W[rows]ᵀ -> [..., rows]; dense copies of W are made for many rows of x only, where a kernel reads the format."""
+        weight = self.kernel_weight(layer, "", rows) if few_rows(x) else None
+        y = None if weight is None else quantised_gemm(x, weight)
+        return F.linear(x, self.all(layer, "", rows)) if y is None else y
 
     def process(self, layer: nn.Module, prefix: str = "") -> None:  # noqa: B027 (most formats have nothing to do)
         """Called once when all parameters are filled: repack them for the kernels."""
@@ -108,4 +125,19 @@ class WeightScheme(ABC):
 
 def take_rows(tensor: torch.Tensor, take: slice | torch.Tensor) -> torch.Tensor:
     """Rows of a checkpoint tensor; a view where `take` is a slice."""
-    return tensor[take] if isinstance(take, slice) else tensor.index_select(0, take)
+    return tensor[take] if isinstance(take, slice) else tensor.index_select(0, take.to(tensor.device))
+
+
+def take_columns(width: int, columns: int, take: slice) -> slice:
+    """Which of `width` words or scales of a row belong to the inputs `take` of `columns`: their share, or the one that all have."""
+    first, last, _ = take.indices(columns)
+    return slice(first * width // columns, -(-last * width // columns)) if width > 1 else slice(None)
+
+
+def matrix_shape(tensors: dict[str, TensorInfo], name: str) -> tuple[int, int]:
+    """Shape of a module's tensor that must be there and be a matrix (ValueError otherwise)."""
+    if name not in tensors:
+        raise ValueError(f"{name} is missing; it has {', '.join(sorted(tensors))}")
+    if len(tensors[name].shape) != 2:
+        raise ValueError(f"{name} is {list(tensors[name].shape)}; expected a matrix")
+    return tensors[name].shape

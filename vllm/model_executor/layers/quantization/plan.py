@@ -8,12 +8,15 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 
+from vllm.config.quantization import QuantConfig
+from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization import FORMATS, TensorInfo, Unquantized, WeightScheme
+
+logger = init_logger(__name__)
 
 
 class WeightPlan(ABC):
@@ -21,14 +24,22 @@ class WeightPlan(ABC):
 
     Args:
         dtype: of weights and activations.
+        quant: the checkpoint's quantization_config; None: plain weights.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, quant: QuantConfig | None = None) -> None:
+        self.dtype, self.quant = dtype, quant
+        self._decided: dict[str, WeightScheme] = {}
 
-    @abstractmethod
     def module_scheme(self, module: str, columns: int) -> WeightScheme:
         """Scheme of one checkpoint module with `columns` input features, by its canonical name."""
+        if module not in self._decided:
+            self._decided[module] = self._decide(module, columns)
+        return self._decided[module]
+
+    @abstractmethod
+    def _decide(self, module: str, columns: int) -> WeightScheme:
+        """Raises ValueError, with the module and the file, where its format cannot be read."""
 
     @abstractmethod
     def small_dtype(self, tensor: str) -> torch.dtype:
@@ -45,6 +56,24 @@ class WeightPlan(ABC):
     def can_fuse(self, modules: Iterable[str], columns: int) -> bool:
         return len({self.module_scheme(module, columns) for module in modules}) == 1
 
+    @property
+    def modules(self) -> set[str]:
+        """The modules that layers asked for so far."""
+        return set(self._decided)
+
+    def summary(self) -> list[str]:
+        """A line a scheme, with the modules that have it."""
+        by_scheme: dict[str, list[str]] = defaultdict(list)
+        for module, scheme in self._decided.items():
+            by_scheme[str(scheme)].append(module)
+        return [f"{scheme}: {_grouped(modules)}" for scheme, modules in by_scheme.items()]
+
+    def log(self) -> None:
+        """Say what was decided, unless everything is plain."""
+        if any(scheme != Unquantized() for scheme in self._decided.values()):
+            for line in self.summary():
+                logger.info("Weights, %s", line)
+
 
 class CheckpointPlan(WeightPlan):
     """By presence of tensors.
@@ -53,23 +82,28 @@ class CheckpointPlan(WeightPlan):
         tensors: canonical tensor name -> header, the whole checkpoint.
     """
 
-    def __init__(self, tensors: dict[str, TensorInfo], dtype: torch.dtype) -> None:
-        super().__init__(dtype)
+    def __init__(self, tensors: dict[str, TensorInfo], dtype: torch.dtype, quant: QuantConfig | None = None) -> None:
+        super().__init__(dtype, quant)
         self._tensors = tensors
         self._modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
         for name, info in tensors.items():
             module, _, suffix = name.rpartition(".")
             self._modules[module][suffix] = info
 
-    def module_scheme(self, module: str, columns: int) -> WeightScheme:
+    def _decide(self, module: str, columns: int) -> WeightScheme:
         present = self._modules.get(module, {})
+        stated = []
+        if self.quant is not None:
+            own = self.quant.format_of(module)
+            stated = [*([own] if own else []), *(form for form in self.quant.formats if form != own)]
         try:
-            scheme = next((s for f in FORMATS if (s := f.from_tensors(present, columns))), None)
+            scheme = next((s for f in FORMATS if (s := f.from_tensors(present, columns, stated))), None)
+            if scheme is None:
+                listed = (f"{suffix} {info.dtype} {list(info.shape)}" for suffix, info in sorted(present.items()))
+                raise ValueError(f"its tensors are in no format that can be read: {', '.join(listed)}")
         except ValueError as error:
-            raise ValueError(f"{module}: {error}") from None
-        if scheme is None:
-            listed = ", ".join(f"{suffix} {info.dtype} {list(info.shape)}" for suffix, info in sorted(present.items()))
-            raise ValueError(f"{module}: its tensors are in no format that can be read: {listed}")
+            files = sorted({info.file for info in present.values()} - {""})
+            raise ValueError(f"{module}{f' (in {files[0]})' if files else ''}: {error}") from None
         return scheme
 
     def small_dtype(self, tensor: str) -> torch.dtype:
@@ -78,46 +112,37 @@ class CheckpointPlan(WeightPlan):
 
 
 class ConfigPlan(WeightPlan):
-    """By `quantization_config` (None: plain everywhere), for weights that are made up rather than read.
+    """By the config, for weights that are made up rather than read."""
 
-    Raises:
-        ValueError: the config describes a format that none of `FORMATS` reads.
-    """
+    def __init__(self, quant: QuantConfig | None, dtype: torch.dtype) -> None:
+        super().__init__(dtype, quant)
 
-    def __init__(
-        self,
-        quantization: dict[str, Any] | None,
-        dtype: torch.dtype,
-        canonical: Callable[[str], str] = lambda name: name,
-    ) -> None:
-        super().__init__(dtype)
-        groups = [] if quantization is None else list((quantization.get("config_groups") or {}).values())
-        if quantization is not None and not groups:
+    def _decide(self, module: str, columns: int) -> WeightScheme:
+        form = None if self.quant is None else self.quant.format_of(module)
+        if form is not None and form.rows == 1 and form.group > 0 and columns % form.group:
             raise ValueError(
-                f"quantization_config of method {quantization.get('quant_method')!r} is in no known format"
+                f"{module}: {columns} inputs cannot be divided into groups of {form.group}, which {self.quant.source} "
+                "asks for; expected a divisor"
             )
-        self._groups: list[tuple[list[str], WeightScheme]] = []
-        for group in groups:
-            scheme = next((s for f in FORMATS if (s := f.from_config(quantization, group))), None)
-            if scheme is None:
-                raise ValueError(f"quantization_config describes a format that cannot be read: {group.get('weights')}")
-            self._groups.append((group.get("targets") or ["Linear"], scheme))
-        self._ignore = [] if quantization is None else list(quantization.get("ignore") or [])
-        self._canonical = canonical
-
-    def module_scheme(self, module: str, columns: int) -> WeightScheme:
-        if any(self._matches(pattern, module) for pattern in self._ignore):
-            return Unquantized()
-        for targets, scheme in self._groups:
-            if any(target == "Linear" or self._matches(target, module) for target in targets):
-                return scheme
-        return Unquantized()
-
-    def _matches(self, pattern: str, module: str) -> bool:
-        if pattern.startswith("re:"):
-            files_name = module.replace("model.", "model.language_model.", 1)
-            return any(re.match(pattern[3:], name) for name in (module, files_name))
-        return self._canonical(pattern) == module
+        return next(scheme for f in FORMATS if (scheme := f.from_format(form)))
 
     def small_dtype(self, tensor: str) -> torch.dtype:
         return torch.float32
+
+
+def _grouped(modules: list[str]) -> str:
+    """Names with "*" for numbers, those that differ in the last part alone together: "layers.*.self_attn.{k,q,v}_proj"."""
+    by_parent: dict[str, set[str]] = defaultdict(set)
+    layers: dict[str, set[str]] = defaultdict(set)
+    for module in modules:
+        parent, _, last = re.sub(r"\.\d+(?=\.|$)", ".*", module).rpartition(".")
+        by_parent[parent].add(last)
+        layers[parent] |= set(re.findall(r"\.layers\.(\d+)\.", module))
+    found = []
+    for parent, lasts in by_parent.items():
+        name = ",".join(sorted(lasts)) if len(lasts) == 1 else "{" + ",".join(sorted(lasts)) + "}"
+        where = parent.removeprefix("model.").removeprefix("layers.*.")
+        number = len(layers[parent])
+        count = f" ({number} layer{'s' if number > 1 else ''})" if number else ""
+        found.append(f"{where}.{name}{count}" if where else name)
+    return "; ".join(found)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from vllm.config.quantization import WeightFormat
+from vllm.model_executor.layers.ops.skinny_gemm import skinny_gemm
 from vllm.model_executor.layers.quantization.base import KernelWeight, TensorInfo, WeightScheme, take_rows
 from vllm.model_executor.parameter import Slot, Source, empty_parameter
 
@@ -19,14 +20,19 @@ PLAIN_DTYPES = ("F32", "BF16", "F16")
 class Unquantized(WeightScheme):
     all_is_view = True
 
+    def __str__(self) -> str:
+        return "plain"
+
     @classmethod
-    def from_tensors(cls, tensors: dict[str, TensorInfo], columns: int) -> Unquantized | None:
+    def from_tensors(
+        cls, tensors: dict[str, TensorInfo], columns: int, stated: Sequence[WeightFormat] = ()
+    ) -> Unquantized | None:
         plain = set(tensors) <= {"weight", "bias"} and all(t.dtype in PLAIN_DTYPES for t in tensors.values())
         return cls() if plain else None
 
     @classmethod
-    def from_config(cls, config: dict[str, Any] | None, group: dict[str, Any] | None) -> Unquantized | None:
-        return cls() if group is None else None
+    def from_format(cls, stated: WeightFormat | None) -> Unquantized | None:
+        return cls() if stated is None else None
 
     def create(
         self, layer: nn.Module, prefix: str, stack: tuple[int, ...], rows: int, columns: int, dtype: torch.dtype
@@ -52,6 +58,9 @@ class Unquantized(WeightScheme):
 
     def kernel_weight(self, layer: nn.Module, prefix: str = "", rows: slice = slice(None)) -> KernelWeight:
         return KernelWeight("plain", self.all(layer, prefix, rows))
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        return skinny_gemm(x, self.all(layer, "", rows))
 
     def fill_dummy(self, layer: nn.Module, prefix: str, std: float, generator: torch.Generator) -> None:
         getattr(layer, f"{prefix}weight").normal_(0.0, std, generator=generator)

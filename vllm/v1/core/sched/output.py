@@ -30,6 +30,7 @@ class SchedulerOutput:
     new_requests: list[NewRequestData] = field(default_factory=list)
     new_block_ids: dict[str, list[int]] = field(default_factory=dict)  # pages appended, for sequences with a row
     finished_request_ids: list[str] = field(default_factory=list)  # finished, aborted or preempted since the last step
+    step_id: int = field(default=0, compare=False)  # counts up from step to step
 
     @property
     def total_num_scheduled_tokens(self) -> int:

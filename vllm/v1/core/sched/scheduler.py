@@ -3,6 +3,10 @@
 One order rules everything: the policy's rank (request_queue.py). Waiting requests are admitted in it, running ones claim
 pages in it, and whoever stands last in it gives way when pages run out. The first of the running requests is therefore
 never preempted and advances in every step, so every request gets its turn.
+
+Counts decide and token values do not matter, so a step may be scheduled before the results of the one before it are known: a
+decoding sequence is given the token that is still being sampled. Whether it ends there shows too late for that step, whose
+result is then dropped.
 """
 
 from __future__ import annotations
@@ -26,6 +30,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
+class _Row:
+    """One request's part in a step whose results are not known yet."""
+
+    request: Request
+    start: int  # tokens computed before
+    num_tokens: int
+    samples: bool  # it computes the last token that is known or under way
+    num_preemptions: int  # of the request when it was scheduled: after another one its results mean nothing
+
+
+@dataclass(slots=True)
 class _Step:
     """One step in the making."""
 
@@ -42,8 +57,8 @@ class _Step:
 class Scheduler:
     """Continuous batching with chunked prefill, and preemption by recomputing.
 
-    Call `schedule`, run what it returns on the worker, call `update_from_output`; requests may be added or aborted between
-    any two of these calls. Every `SchedulerOutput` must reach the worker, in order, even one without tokens: the worker
+    Call `schedule`, run what it returns on the worker, call `update_from_output` with each step's results in the steps' order;
+    requests may be added or aborted, and further steps scheduled, between any two of these calls. Every `SchedulerOutput` must reach the worker, in order, even one without tokens: the worker
     learns only there which rows to forget.
 
     Args:
@@ -74,6 +89,8 @@ class Scheduler:
         self.num_preemptions = 0
         self._queue_numbers = count()
         self._row_ids_to_forget: list[str] = []
+        self._step_ids = count(1)
+        self._under_way: dict[int, list[_Row]] = {}  # rows of the steps whose results are to come
 
     # What the engine asks and tells between steps.
 
@@ -113,6 +130,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self.running)
+
+    @property
+    def must_know_tokens(self) -> bool:
+        """Whether some running request cannot be scheduled before its last token is known, as where its text must have a form."""
+        return any(request.must_know_tokens for request in self.running)
 
     @property
     def num_waiting(self) -> int:
@@ -161,7 +183,7 @@ class Scheduler:
         for request in list(self.running):
             if request.status is not RequestStatus.RUNNING:
                 continue  # it has given way to one before it
-            while (block_ids := self.kv_cache_manager.allocate(request, request.num_uncomputed_tokens)) is None:
+            while (block_ids := self.kv_cache_manager.allocate(request, self._num_next_tokens(request))) is None:
                 victim = self.running.last
                 self._preempt(victim)
                 if victim is request:
@@ -175,12 +197,23 @@ class Scheduler:
         There is at most one begun prompt, because nobody is admitted behind one that uses up the budget; and it always
         advances, because the budget is at least max_num_seqs.
         """
-        decoding = [request for request in self.running if request.num_uncomputed_tokens == 1]
-        prefilling = [request for request in self.running if request.num_uncomputed_tokens > 1]
-        for request in decoding + prefilling:
-            num_tokens = min(request.num_uncomputed_tokens, step.token_budget)
+        waiting_for = [(request, self._num_next_tokens(request)) for request in self.running]
+        decoding = [(request, n) for request, n in waiting_for if n == 1]
+        prefilling = [(request, n) for request, n in waiting_for if n > 1]
+        for request, num_tokens in decoding + prefilling:
+            num_tokens = min(num_tokens, step.token_budget)
             if num_tokens > 0:
                 step.add_row(request, num_tokens)
+
+    def _num_next_tokens(self, request: Request) -> int:
+        """Tokens that a running request has to compute: known ones, else the one under way unless its end is certain."""
+        if request.num_uncomputed_tokens > 0:
+            return request.num_uncomputed_tokens
+        if request.must_know_tokens:
+            return 0
+        max_tokens, under_way = request.sampling_params.max_tokens, request.num_under_way
+        at_end = max_tokens is not None and request.num_output_tokens + under_way >= max_tokens
+        return 0 if at_end or request.num_tokens + under_way >= self.max_sequence_len else 1
 
     def _admit_waiting(self, step: _Step) -> None:
         """Admit in rank order until tokens, rows, pages or slots run out. Nobody overtakes a request that does not fit.
@@ -211,6 +244,7 @@ class Scheduler:
         self._leave_running(request)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
+        request.num_preemptions += 1
         self.waiting.add(request)
         self.num_preemptions += 1
 
@@ -230,10 +264,15 @@ class Scheduler:
             new_requests=[self._describe(request) for request in step.new_requests],
             new_block_ids=step.new_block_ids,
             finished_request_ids=self._row_ids_to_forget,
+            step_id=next(self._step_ids),
         )
         self._row_ids_to_forget = []
-        for request, num_tokens in step.rows:
+        self._under_way[output.step_id] = rows = []
+        for request, num_tokens in decode_rows + other_rows:
+            start = request.num_computed_tokens
             request.num_computed_tokens += num_tokens
+            samples = request.num_uncomputed_tokens <= 0
+            rows.append(_Row(request, start, num_tokens, samples, request.num_preemptions))
         return output
 
     def _describe(self, request: Request) -> NewRequestData:
@@ -254,24 +293,25 @@ class Scheduler:
     ) -> list[EngineCoreOutput]:
         """Add a step's tokens to their requests, end those that are done, and say what is new."""
         outputs = []
-        for request_id, num_scheduled in scheduler_output.num_scheduled_tokens.items():
-            request = self.requests.get(request_id)
-            # Aborted while the step ran. Its id may even be in use again, by a request that still waits.
-            if request is None or request.status is not RequestStatus.RUNNING:
+        for row in self._under_way.pop(scheduler_output.step_id):
+            request, request_id = row.request, row.request.request_id
+            # Ended or sent back since the step was scheduled. Its id may even be in use again, by another request.
+            if request.status is not RequestStatus.RUNNING or request.num_preemptions != row.num_preemptions:
                 continue
-            prompt_logprobs = self._take_prompt_logprobs(request, num_scheduled, model_output)
-            new_token_ids = self._take_tokens(request, model_output.sampled_token_ids.get(request_id, []))
+            prompt_logprobs = self._take_prompt_logprobs(row, model_output)
+            new_token_ids = self._take_tokens(row, model_output.sampled_token_ids.get(request_id, []))
             if new_token_ids or prompt_logprobs:
                 logprobs = model_output.logprobs.get(request_id, [])[: len(new_token_ids)]
                 outputs.append(self._make_output(request, new_token_ids, logprobs, prompt_logprobs))
         return outputs
 
-    def _take_tokens(self, request: Request, token_ids: list[int]) -> list[int]:
+    def _take_tokens(self, row: _Row, token_ids: list[int]) -> list[int]:
         """Append sampled tokens up to the first that ends the request, and return those appended."""
-        if bool(token_ids) != (request.num_uncomputed_tokens == 0):
+        request = row.request
+        if bool(token_ids) != row.samples:
             raise RuntimeError(
-                f"the worker sampled {len(token_ids)} tokens for request {request.request_id} with "
-                f"{request.num_uncomputed_tokens} of its {request.num_tokens} tokens still to compute"
+                f"the worker sampled {len(token_ids)} tokens for request {request.request_id} in a step that computed "
+                f"{row.start + row.num_tokens} of its {request.num_tokens} tokens"
             )
         for num_taken, token_id in enumerate(token_ids, 1):
             request.output_token_ids.append(token_id)
@@ -298,16 +338,14 @@ class Scheduler:
             return RequestStatus.FINISHED_LENGTH_CAPPED
         return RequestStatus.RUNNING
 
-    def _take_prompt_logprobs(
-        self, request: Request, num_scheduled: int, model_output: ModelRunnerOutput
-    ) -> list[TokenLogprobs]:
+    def _take_prompt_logprobs(self, row: _Row, model_output: ModelRunnerOutput) -> list[TokenLogprobs]:
         """The chunk's prompt log-probabilities, less those that were delivered before the request was preempted."""
+        request = row.request
         logprobs = model_output.prompt_logprobs.get(request.request_id)
         if not logprobs:
             return []
         # A chunk that starts at position s scores the tokens from s + 1 on; token 0 is never scored.
-        num_before_chunk = request.num_computed_tokens - num_scheduled
-        fresh = logprobs[max(0, request.num_prompt_logprobs_delivered - num_before_chunk) :]
+        fresh = logprobs[max(0, request.num_prompt_logprobs_delivered - row.start) :]
         request.num_prompt_logprobs_delivered += len(fresh)
         return fresh
 

@@ -1,0 +1,45 @@
+"""Launch every expert kernel on the GPU, small, for NVIDIA's checkers; as `tests.kernels.sanitize` does for the GDN kernels:
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.kernels.sanitize_moe
+"""
+
+import torch
+
+from tests.kernels.experts import FORMS, layer
+from vllm.model_executor.layers.fused_moe.ops.few_tokens import moe_few_tokens_triton
+from vllm.model_executor.layers.fused_moe.ops.grouped import by_planes_triton, combine_triton, experts_triton
+from vllm.model_executor.layers.fused_moe.ops.route import route_triton
+
+E, D, I, S, TOP_K = 6, 384, 128, 96, 3
+
+
+def few(form: str) -> None:
+    for T in (1, 2, 5):
+        x = torch.randn(T, D, device="cuda").bfloat16()
+        for shared in ("plain", form):
+            moe_few_tokens_triton(
+                x, layer(E, D, I, S if shared == "plain" else 128, form, x.dtype, "cuda", shared), TOP_K
+            )
+        moe_few_tokens_triton(x, layer(E, D, I, 0, form, x.dtype, "cuda"), TOP_K)
+
+
+def many(form: str) -> None:
+    weights = layer(E, D, I, 0, form, torch.bfloat16, "cuda")
+    for T, block in ((1, 16), (37, 16), (150, 64)):
+        x, logits = torch.randn(T, D, device="cuda").bfloat16(), torch.randn(T, E + 1, device="cuda")
+        routed = route_triton(logits, E, TOP_K, block)
+        y = experts_triton(by_planes_triton(x, weights.w13.kind), routed, weights.w13, weights.w2)
+        combine_triton(y, routed.shares, x, logits[:, E:])
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for form in FORMS:
+        few(form)
+        many(form)
+        torch.cuda.synchronize()
+    print("all expert kernels launched")
+
+
+if __name__ == "__main__":
+    main()

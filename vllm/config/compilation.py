@@ -1,0 +1,69 @@
+"""Whether steps run kernel by kernel or as CUDA graphs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config.knob import knob
+
+_MODES = ("NONE", "FULL_DECODE_ONLY")
+_SAME = {"FULL": "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE": "FULL_DECODE_ONLY"}
+_KEYS = ("mode", "cudagraph_mode", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
+
+
+@dataclass(frozen=True)
+class CompilationConfig:
+    """CUDA graphs of decode steps. Prompts are computed kernel by kernel in any case.
+
+    Raises ValueError, in one line, for a key or value that is not known.
+    """
+
+    enforce_eager: bool = knob(False, "Run every step kernel by kernel, without CUDA graphs.")
+    compilation_config: dict[str, Any] = knob(  # noqa: RUF009
+        {},
+        'JSON: "cudagraph_mode" NONE or FULL_DECODE_ONLY (default on a GPU); "cudagraph_capture_sizes", a list of batch sizes; '
+        '"max_cudagraph_capture_size"; "mode" 0 (torch.compile is not used).',
+        short="-cc",
+    )
+
+    def __post_init__(self) -> None:
+        given = self.compilation_config
+        if unknown := sorted(set(given) - set(_KEYS)):
+            raise ValueError(f"--compilation-config.{unknown[0]}: not known; the keys are {', '.join(_KEYS)}")
+        if given.get("mode", 0) not in (0, "NONE", "none", None):
+            raise ValueError(
+                f"--compilation-config.mode {given['mode']}: the kernels are written by hand and torch.compile is not used; use 0"
+            )
+        mode = given.get("cudagraph_mode")
+        if mode is not None and str(mode).upper() not in (*_MODES, *_SAME):
+            raise ValueError(f"--compilation-config.cudagraph_mode must be one of {', '.join(_MODES)}; got {mode!r}")
+        sizes, largest = given.get("cudagraph_capture_sizes"), given.get("max_cudagraph_capture_size")
+        if sizes is not None and not (isinstance(sizes, list) and sizes and all(map(_is_size, sizes))):
+            raise ValueError(
+                f"--compilation-config.cudagraph_capture_sizes must be a list of whole numbers of at least 1; got {sizes!r}"
+            )
+        if largest is not None and not _is_size(largest):
+            raise ValueError(
+                f"--compilation-config.max_cudagraph_capture_size must be a whole number of at least 1; got {largest!r}"
+            )
+
+    @property
+    def decode_graphs(self) -> bool:
+        """Whether decode steps run as CUDA graphs where there is a GPU."""
+        mode = str(self.compilation_config.get("cudagraph_mode") or "FULL_DECODE_ONLY").upper()
+        return not self.enforce_eager and _SAME.get(mode, mode) == "FULL_DECODE_ONLY"
+
+    @property
+    def capture_sizes(self) -> tuple[int, ...] | None:
+        """The batch sizes asked for; None where the choice is ours."""
+        sizes = self.compilation_config.get("cudagraph_capture_sizes")
+        return None if sizes is None else tuple(sizes)
+
+    @property
+    def max_capture_size(self) -> int | None:
+        return self.compilation_config.get("max_cudagraph_capture_size")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

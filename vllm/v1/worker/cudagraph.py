@@ -1,0 +1,72 @@
+"""CUDA graphs of decode steps: what the host would launch kernel by kernel, launched at once."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Hashable
+
+import torch
+
+
+def capture_sizes(max_num_seqs: int, asked: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """Batch sizes that get a graph, smallest first; other batches are padded to the next one.
+
+    Every size up to 8, where a sequence more or less costs most; then steps of an eighth to a quarter.
+
+    Args:
+        asked: the sizes the user wants instead; those above max_num_seqs are left out.
+    """
+    if asked is not None:
+        return tuple(sorted({size for size in asked if size <= max_num_seqs}))
+    sizes, size = [], 1
+    while size < max_num_seqs:
+        sizes.append(size)
+        size += 1 if size < 8 else 1 << (size.bit_length() - 3)
+    return (*sizes, max_num_seqs)
+
+
+def padded_size(sizes: tuple[int, ...], count: int) -> int | None:
+    """The smallest captured size that holds `count` sequences; None where none does."""
+    at = bisect_left(sizes, count)
+    return sizes[at] if at < len(sizes) else None
+
+
+class GraphCache:
+    """Graphs by key, in one memory pool: they run one after the other, so what one leaves free the next may use.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._graphs
+
+    def replay(self, key: Hashable) -> None:
+        """Queue the graph captured under `key`."""
+        self._graphs[key].replay()
+
+    def capture(self, key: Hashable, run: Callable[[], None]) -> None:
+        """Record what `run` launches, without running it.
+
+        It must have run before, so that everything it needs is compiled and allocated, and it may read and write only tensors that
+        outlive the graph.
+        """
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            # Other threads go on using CUDA: the copies of a tokenizer's or a client's thread are none of this graph's business.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._graphs[key] = graph
