@@ -50,6 +50,11 @@ VARIABLES: dict[str, EnvVar] = {
     "VLLM_SERVER_DEV_MODE": EnvVar(
         _flag, "0", "1 adds the routes /reset_prefix_cache, /start_profile and /stop_profile, which ask for no key."
     ),
+    "VLLM_SLEEP_WHEN_IDLE": EnvVar(
+        _flag,
+        "0",
+        "1 lets the engine sleep while it waits for the GPU, instead of asking all the time: a core less, some 50 us more a step.",
+    ),
     "VLLM_CACHE_ROOT": EnvVar(str, "~/.cache/vllm", "Folder for what is written and may be deleted at any time."),
     "VLLM_TORCH_PROFILER_DIR": EnvVar(str, "", "Folder for profiles, where VLLM_CACHE_ROOT/profiles will not do."),
     "VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE": EnvVar(

@@ -153,7 +153,6 @@ def test_mistakes(parser, capsys, line, words):
         "-ep",
         '-sc {"method":"mtp"}',
         "--speculative-config.num_speculative_tokens 2",
-        "-O3",
         "--enable-lora",
         "--kv-transfer-config {}",
         "--swap-space 4",
@@ -177,11 +176,15 @@ def test_vllm_flags_are_refused_by_name(parser, capsys, line):
         "--swap-space 0",
         "--disable-custom-all-reduce",
         "--no-enable-expert-parallel",
-        "-O0",
     ],
 )
 def test_flags_that_ask_for_what_happens_anyway_pass(parser, line):
     assert parse(parser, line) == EngineArgs()
+
+
+@pytest.mark.parametrize(("line", "level"), [("-O0", 0), ("-O 3", 3), ("-O=1", 1), ("--optimization-level 0", 0)])
+def test_optimization_levels(parser, line, level):
+    assert parse(parser, line).optimization_level == level
 
 
 def test_refused_flags_are_not_in_the_help(parser):

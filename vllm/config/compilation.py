@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.config.knob import knob
+from vllm.config.knob import check_choices, knob
 
 _MODES = ("NONE", "FULL_DECODE_ONLY")
 _SAME = {"FULL": "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE": "FULL_DECODE_ONLY"}
@@ -20,6 +20,12 @@ class CompilationConfig:
     """
 
     enforce_eager: bool = knob(False, "Run every step kernel by kernel, without CUDA graphs.")
+    optimization_level: int = knob(
+        2,
+        "0 is --enforce-eager: the quickest start and slow decoding; 1 to 3 are the same here.",
+        short="-O",
+        choices=(0, 1, 2, 3),
+    )
     compilation_config: dict[str, Any] = knob(  # noqa: RUF009
         {},
         'JSON: "cudagraph_mode" NONE or FULL_DECODE_ONLY (default on a GPU); "cudagraph_capture_sizes", a list of batch sizes; '
@@ -28,6 +34,7 @@ class CompilationConfig:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         given = self.compilation_config
         if unknown := sorted(set(given) - set(_KEYS)):
             raise ValueError(f"--compilation-config.{unknown[0]}: not known; the keys are {', '.join(_KEYS)}")
@@ -52,7 +59,7 @@ class CompilationConfig:
     def decode_graphs(self) -> bool:
         """Whether decode steps run as CUDA graphs where there is a GPU."""
         mode = str(self.compilation_config.get("cudagraph_mode") or "FULL_DECODE_ONLY").upper()
-        return not self.enforce_eager and _SAME.get(mode, mode) == "FULL_DECODE_ONLY"
+        return not self.enforce_eager and self.optimization_level > 0 and _SAME.get(mode, mode) == "FULL_DECODE_ONLY"
 
     @property
     def capture_sizes(self) -> tuple[int, ...] | None:

@@ -27,7 +27,7 @@ class VllmConfig:
     model_config: ModelConfig
     load_config: LoadConfig = field(default_factory=LoadConfig)
     cache_config: CacheConfig = field(default_factory=CacheConfig)
-    scheduler_config: SchedulerConfig = field(default_factory=SchedulerConfig)
+    scheduler_config: SchedulerConfig = field(default_factory=lambda: SchedulerConfig().resolve("cpu"))
     parallel_config: ParallelConfig = field(default_factory=lambda: ParallelConfig(device="cpu"))
     gdn_config: GDNConfig = field(default_factory=GDNConfig)
     compilation_config: CompilationConfig = field(default_factory=CompilationConfig)
@@ -56,7 +56,6 @@ class VllmConfig:
         """
         model, load = model_config or ModelConfig(), load_config or LoadConfig()
         cache, parallel = cache_config or CacheConfig(), parallel_config or ParallelConfig()
-        scheduler = scheduler_config or SchedulerConfig()
         if model.hf_config is None:
             weights = load.load_format != "dummy"
             folder = resolve_model(model.model, model.revision, load.download_dir, weights=weights)
@@ -87,10 +86,7 @@ class VllmConfig:
             model_config=model,
             load_config=load,
             cache_config=cache,
-            scheduler_config=replace(
-                scheduler,
-                async_scheduling=device == "cuda" if scheduler.async_scheduling is None else scheduler.async_scheduling,
-            ),
+            scheduler_config=(scheduler_config or SchedulerConfig()).resolve(device),
             parallel_config=replace(parallel, device=device),
             gdn_config=gdn_config or GDNConfig(),
             compilation_config=compilation_config or CompilationConfig(),

@@ -97,7 +97,7 @@ class ArgumentParser(argparse.ArgumentParser):
             if re.fullmatch(r"-O\d", name):
                 name, value = "-O", f"={name[2:]}"
             if not path:
-                done += [name, value[1:]] if name == "-O" else [name + (value or "")]
+                done += [name, value[1:]] if name == "-O" and value else [name + (value or "")]
                 continue
             text = value[1:] if value is not None else next(rest, None)
             if text is None:

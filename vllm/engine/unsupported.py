@@ -31,7 +31,6 @@ def _value(advice: str, *harmless: Any, short: str | None = None) -> Unsupported
 
 _ONE_DEVICE = "this version runs on one GPU; leave it out"
 _NO_DRAFTS = "speculative decoding is not here yet; leave it out"
-_NO_COMPILE = "the model is not compiled; leave it out"
 _NO_LORA = "adapters are not supported; merge the adapter into the weights and serve those"
 _NO_MEDIA = "this version serves text only; leave it out"
 _NO_TRANSFER = "there is no KV transfer or offloading; size the pages with --gpu-memory-utilization"
@@ -128,11 +127,9 @@ UNSUPPORTED: dict[str, Unsupported] = {
     "disable_nccl_for_dp_synchronization": _switch(_ONE_DEVICE),
     # speculation, compilation, kernels
     "speculative_config": _value(_NO_DRAFTS, "null", short="-sc"),
-    "optimization_level": _value(_NO_COMPILE, "0", short="-O"),
     "cuda_graph_sizes": _value("there are no CUDA graphs yet; leave it out"),
     "cudagraph_capture_sizes": _value("use --compilation-config.cudagraph_capture_sizes"),
     "max_cudagraph_capture_size": _value("use --compilation-config.max_cudagraph_capture_size"),
-    "performance_mode": _value("there is one mode; leave it out", "balanced"),
     "kernel_config": _value("kernels are chosen by the device; for GDN see --gdn-in-proj"),
     "attention_backend": _value("there is one attention kernel a device; leave it out", "auto"),
     "attention_config": _value("there is one attention kernel a device; leave it out"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm import envs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.sample.logprobs import LogprobsTensors, unpack_logprobs
 from vllm.v1.sample.sampler import unpack
@@ -20,7 +21,7 @@ class HostCopy:
         if tensor.is_cuda:
             self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._tensor.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event(blocking=envs.VLLM_SLEEP_WHEN_IDLE)
             self._event.record()
         else:
             self._tensor = tensor
