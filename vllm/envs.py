@@ -53,7 +53,7 @@ VARIABLES: dict[str, EnvVar] = {
     "VLLM_SLEEP_WHEN_IDLE": EnvVar(
         _flag,
         "0",
-        "1 lets the engine sleep while it waits for the GPU, instead of asking all the time: a core less, some 50 us more a step.",
+        "1 lets the engine sleep while it waits for the GPU, instead of asking all the time: it frees a processor core and costs a little latency.",
     ),
     "VLLM_CACHE_ROOT": EnvVar(str, "~/.cache/vllm", "Folder for what is written and may be deleted at any time."),
     "VLLM_TORCH_PROFILER_DIR": EnvVar(str, "", "Folder for profiles, where VLLM_CACHE_ROOT/profiles will not do."),
