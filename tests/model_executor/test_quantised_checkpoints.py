@@ -65,7 +65,7 @@ def test_a_quantised_checkpoint_is_its_plain_self(sources, tmp_path, family, for
     assert len(schemes) == 2 and Unquantized in schemes
 
 
-@pytest.mark.parametrize("form", ["w4a16-zero-points", "fp8-official"])
+@pytest.mark.parametrize("form", ["w4a16", "fp8-official"])
 def test_transformers_reads_the_same_logits(sources, tmp_path, form):
     """transformers unpacks these two on a CPU, by its own code."""
     quantised, _ = twins(sources["dense"], tmp_path, form)
