@@ -233,3 +233,17 @@ def test_stop_string_ends_the_request_and_frees_it(tiny_model, ahead):
     assert output.outputs[0].text == "18 19 " and output.outputs[0].finish_reason == "stop"
     assert output.outputs[0].stop_reason == "20"
     assert_idle_and_balanced(llm)
+
+
+@AHEAD
+def test_an_abort_in_mid_step_leaves_nothing_under_way(tiny_model, prompts, ahead):
+    llm = make_llm(tiny_model, async_scheduling=ahead)
+    for i in range(3):
+        llm.llm_engine.add_request(f"r{i}", prompts[i], LONG)
+    for _ in range(4):
+        llm.llm_engine.step()
+    llm.llm_engine.abort_requests(["r0", "r2"])
+    assert llm.llm_engine.has_unfinished_requests
+    llm.llm_engine.step()
+    llm.llm_engine.abort_requests(["r1"])
+    assert_idle_and_balanced(llm)

@@ -68,6 +68,8 @@ class EngineCore:
         """Drop requests wherever they are; unknown ids are ignored, since a request may just have finished."""
         self.grammars.abort(request_ids)
         self.scheduler.abort_requests(request_ids)
+        if not self.scheduler.has_unfinished_requests:
+            self._learn(keep=0)  # what is still under way is nobody's
 
     def step(self) -> list[EngineCoreOutput]:
         """Queue one step, and learn the results of this one or of the one before; outputs of the sequences that got tokens or ended."""
