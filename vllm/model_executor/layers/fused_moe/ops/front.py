@@ -116,7 +116,7 @@ def _front_kernel(
         _copy_by_planes(x, xp, pid - router_programs - shared_programs, D, BD, XP_PLANES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # a prompt of any length runs what the first one compiled
 def _front_rows_kernel(
     x,
     router,

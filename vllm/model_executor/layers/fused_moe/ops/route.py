@@ -50,7 +50,7 @@ def expert_of_key(key, E, EP: tl.constexpr):
     return tl.minimum(EP - 1 - (key & (EP - 1)), E - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route_kernel(
     logits,
     experts,
