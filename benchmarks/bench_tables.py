@@ -6,23 +6,20 @@ Everything between the two bench-results marks is replaced. --check changes noth
 draws the plots of every result again, for those that were measured with --no-plots.
 """
 
-import argparse
 import json
 import os
-import re
-import sys
 from pathlib import Path
 from typing import Any
+
+from pages import ROOT, arguments, rewrite
 
 from vllm.benchmarks import ab_report
 from vllm.benchmarks.environment import device_name
 from vllm.benchmarks.report import markdown_table
 from vllm.benchmarks.startup import phase_table
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results" / "bench"
-MARKS = re.compile(r"(<!-- bench-results: begin[^\n]*-->\n)(.*?)(<!-- bench-results: end -->)", re.DOTALL)
 
 
 def numbers(result: dict[str, Any], names: tuple[str, ...]) -> str:
@@ -82,24 +79,15 @@ def generated() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--plots", action="store_true")
+    parser = arguments(__doc__)
+    parser.add_argument("--plots", action="store_true", help="draw every result's plots again first")
     args = parser.parse_args()
     if args.plots:
         from vllm.benchmarks.plots import draw
 
         for path in result_files():
             draw(json.loads(path.read_text()), path.parent)
-    page = PAGE.read_text()
-    if not MARKS.search(page):
-        sys.exit(f"{PAGE.relative_to(ROOT)} has no bench-results marks")
-    new = MARKS.sub(lambda found: found[1] + generated() + found[3], page)
-    if args.check:
-        sys.exit(
-            None if new == page else f"{PAGE.relative_to(ROOT)} is out of date: run python benchmarks/bench_tables.py"
-        )
-    PAGE.write_text(new)
+    rewrite(PAGE, generated, args.check)
 
 
 if __name__ == "__main__":

@@ -5,17 +5,14 @@ python benchmarks/gdn_tables.py [--check]
 Everything between the two gdn-results marks is replaced. --check changes nothing and exits with 1 where the page is out of date.
 """
 
-import argparse
 import json
-import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from pages import ROOT, arguments, rewrite
+
 PAGE = ROOT / "docs" / "gdn.md"
 RESULTS = ROOT / "benchmarks" / "results"
-MARKS = re.compile(r"(<!-- gdn-results: begin[^\n]*-->\n)(.*?)(<!-- gdn-results: end -->)", re.DOTALL)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -115,18 +112,7 @@ def generated() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
-    page = PAGE.read_text()
-    if not MARKS.search(page):
-        sys.exit(f"{PAGE.relative_to(ROOT)} has no gdn-results marks")
-    new = MARKS.sub(lambda found: found[1] + generated() + found[3], page)
-    if args.check:
-        sys.exit(
-            None if new == page else f"{PAGE.relative_to(ROOT)} is out of date: run python benchmarks/gdn_tables.py"
-        )
-    PAGE.write_text(new)
+    rewrite(PAGE, generated, arguments(__doc__).parse_args().check)
 
 
 if __name__ == "__main__":

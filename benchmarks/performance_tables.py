@@ -5,17 +5,13 @@ python benchmarks/performance_tables.py [--check]
 Everything between the two marks is replaced. --check changes nothing and exits with 1 where the page is out of date.
 """
 
-import argparse
 import json
-import re
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from pages import ROOT, arguments, rewrite
+
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
-MARKS = re.compile(r"(<!-- results: begin[^\n]*-->\n)(.*?)(<!-- results: end -->)", re.DOTALL)
 
 UPSTREAM = {1: 227.0, 2: 439.8, 4: 826.8, 8: 1430.7, 16: 2283.2, 64: 5483.0}
 """vLLM 0.26.0 on one H200: the same model, prompts of 128 tokens, greedy, random weights, tok/s of all sequences together."""
@@ -85,14 +81,7 @@ def generated() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
-    page = PAGE.read_text()
-    new = MARKS.sub(lambda found: found[1] + generated() + found[3], page)
-    if args.check:
-        sys.exit(None if new == page else "docs/performance.md is out of date: run benchmarks/performance_tables.py")
-    PAGE.write_text(new)
+    rewrite(PAGE, generated, arguments(__doc__).parse_args().check)
 
 
 if __name__ == "__main__":

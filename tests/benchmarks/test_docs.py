@@ -126,6 +126,7 @@ def gpu_result():
 
 
 def test_a_chapter_has_every_table_and_plot(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     tables = runpy.run_path(str(ROOT / "benchmarks" / "bench_tables.py"))
     folder = tmp_path / "ab_x"
     folder.mkdir()

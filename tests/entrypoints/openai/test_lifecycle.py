@@ -133,3 +133,27 @@ def test_a_second_ctrl_c_stops_at_once():
         os.killpg(server.process.pid, signal.SIGINT)
         assert server.wait() == 130 and time.monotonic() - start < 3, "far less than --shutdown-timeout"
         assert not engine.is_running() and "Traceback" not in server.log
+
+
+def test_sigterm_lets_running_requests_finish():
+    with RemoteServer() as server:
+        reader = Reader(server, max_tokens=600)
+        server.send(signal.SIGTERM)
+        until(lambda: server.http.get("/health").status_code == 503, 2)
+        refused = server.post("/v1/completions", {"prompt": "a"})
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+        assert reader.end()["choices"][0]["finish_reason"] == "length"
+        assert server.wait() == 0
+        assert "SIGTERM" in server.log and "Traceback" not in server.log
+        assert not server.children()
+
+
+def test_the_engine_is_killed():
+    with RemoteServer() as server:
+        readers = [Reader(server) for _ in range(4)]
+        start = time.monotonic()
+        server.engine().kill()
+        for reader in readers:
+            assert reader.end()["error"]["code"] == 503
+        assert server.wait() == 1 and time.monotonic() - start < 5
+        assert "the engine is dead" in server.log and "Traceback" not in server.log

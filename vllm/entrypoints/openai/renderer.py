@@ -22,16 +22,14 @@ Result = TypeVar("Result")
 
 # What a template may raise depends on the template and on the messages it is given.
 _TEMPLATE_ERRORS = (
-    *(
-        TemplateError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-        NotImplementedError,
-    ),
+    TemplateError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    NotImplementedError,
 )
 _MOST_COMPOSED = 3
 """Characters that Unicode normalisation may make one of, before the tokenizer counts them."""

@@ -52,11 +52,12 @@ class Worker:
         self.sizes = sizes = self._plan(self._pool_budget())
         self.runner.bind(sizes)
         if self.device.type == "cuda":
+            if self.config.cache_config.kv_cache_memory_bytes is not None:
+                compile_kernels(self.runner)  # otherwise they ran when memory was measured
             start = time.perf_counter()
-            compile_kernels(self.runner)
+            captured = self.runner.capture_decode_graphs()
             torch.cuda.synchronize()
-            logger.info("Kernels for prompts ready in %.1f s", time.perf_counter() - start)
-            self.runner.capture_decode_graphs()
+            logger.info("CUDA graphs for %d batch sizes captured in %.1f s", captured, time.perf_counter() - start)
         tokens = (sizes.num_blocks - 1) * self.config.cache_config.block_size
         logger.info("GDN state: %s in %d slots", format_bytes(sizes.state_bytes), sizes.num_slots)
         logger.info("KV pages:  %s in %d pages, %d tokens", format_bytes(sizes.kv_bytes), sizes.num_blocks, tokens)

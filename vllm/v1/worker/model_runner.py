@@ -6,7 +6,6 @@ one token run on tensors that stay in place (`DecodeBatch`), on a GPU as two CUD
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,7 +13,6 @@ from torch import nn
 
 from vllm.config import VllmConfig
 from vllm.forward_context import ForwardContext, set_forward_context
-from vllm.logger import init_logger
 from vllm.model_executor.layers.ops.decode_step import commit_tokens
 from vllm.v1.attention.backends.gdn_attn import build_gdn_attention_metadata
 from vllm.v1.attention.backends.paged_attn import build_paged_attention_metadata
@@ -29,8 +27,6 @@ from vllm.v1.worker.cudagraph import GraphCache, capture_sizes, padded_size
 from vllm.v1.worker.decode_batch import DecodeBatch
 from vllm.v1.worker.input_batch import InputBatch, Sequence, StepInputs
 from vllm.v1.worker.pending import PendingOutput
-
-logger = init_logger(__name__)
 
 MakeMasks = Callable[[], TokenMasks | None]
 
@@ -154,20 +150,15 @@ class ModelRunner:
         decode.rows[:size], decode.state_indices[:size] = rows, slots
 
     @torch.inference_mode()
-    def capture_decode_graphs(self) -> None:
-        """Capture the graphs of greedy decoding before the first request wants them, the largest first, which makes room for all."""
-        start = time.perf_counter()
+    def capture_decode_graphs(self) -> int:
+        """Capture the graphs of greedy decoding before the first request wants them, the largest first, which makes room for all.
+
+        Returns how many batch sizes have them.
+        """
         for size in reversed(self._graph_sizes):
             self._capture(self._forward_key(size), lambda size=size: self._graph_forward(size))
             self._capture(("sample", size, self.batch.sampling.plan), lambda size=size: self._graph_sample(size))
-        if self._graph_sizes:
-            torch.cuda.synchronize()
-            logger.info(
-                "CUDA graphs for %d batch sizes up to %d captured in %.1f s",
-                len(self._graph_sizes),
-                self._graph_sizes[-1],
-                time.perf_counter() - start,
-            )
+        return len(self._graph_sizes)
 
     # Steps with chunks of prompts
 
