@@ -3,7 +3,10 @@
 import os
 import signal
 import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
 
 from vllm.benchmarks.stub_core import StubCore
 from vllm.v1.engine.messages import EngineCoreInfo
@@ -74,6 +77,16 @@ class BusyCore(StubCore):
         while time.monotonic() < end:
             sum(range(10_000))
         return super().step()
+
+
+class LateCore(StubCore):
+    """Its outputs reach the front end's socket later than its commands, as happens on a busy machine."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        (name,) = Path(tempfile.gettempdir()).glob("vllm-*/outputs")
+        hidden = name.rename(name.with_name("hidden"))
+        threading.Timer(0.5, lambda: hidden.exists() and hidden.rename(name)).start()
 
 
 class CallableCore(StubCore):

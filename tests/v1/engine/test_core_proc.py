@@ -19,6 +19,7 @@ from tests.v1.engine.stub_cores import (
     FailingCore,
     FilelessCore,
     KilledCore,
+    LateCore,
     LeavingCore,
     PacedCore,
     RefusingCore,
@@ -93,6 +94,15 @@ def test_requests_and_outputs(kind):
             assert not session.deaths
 
     ids = [f"r{i}" for i in range(20)]
+    asyncio.run(main())
+
+
+def test_an_engine_is_ready_when_its_outputs_can_be_heard():
+    async def main():
+        async with Session(ProcessClient, LateCore) as session:
+            session.add("r")
+            await until(lambda: session.outputs("r"), "the first output")
+
     asyncio.run(main())
 
 

@@ -102,8 +102,10 @@ def _serve(link: socket.socket, config: Any, core_class: type | None, folder: st
     commands, outputs = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     for end in (commands, outputs):
         end.set_hwm(0)  # the front end bounds what it sends, and thereby what comes back
+    outputs.set(zmq.IMMEDIATE, 1)  # it is writable when it is connected, not before
     commands.connect(commands_address(folder))
     outputs.connect(outputs_address(folder))
+    outputs.poll(flags=zmq.POLLOUT)  # the front end removes the sockets' names once the engine is ready
 
     def receive(wait: bool) -> list[Command]:
         received = [decode_command(commands.recv())] if wait else []
