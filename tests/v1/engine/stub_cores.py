@@ -1,5 +1,6 @@
 """Engine cores that misbehave, each in one way. They are imported by the engine's process, so they live in a module."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -87,6 +88,26 @@ class LateCore(StubCore):
         (name,) = Path(tempfile.gettempdir()).glob("vllm-*/outputs")
         hidden = name.rename(name.with_name("hidden"))
         threading.Timer(0.5, lambda: hidden.exists() and hidden.rename(name)).start()
+
+
+class VanishingCore(StubCore):
+    """It dies when it is ready, and before its commands have reached it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        (name,) = Path(tempfile.gettempdir()).glob("vllm-*/commands")
+        name.rename(name.with_name("hidden"))
+        threading.Timer(1, os._exit, [7]).start()
+
+
+class PrintingCore(PacedCore):
+    """Has something to say to an output that may have been closed."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                print("ready", file=stream)
 
 
 class CallableCore(StubCore):

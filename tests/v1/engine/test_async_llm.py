@@ -5,6 +5,7 @@ import gc
 import time
 
 import pytest
+import zmq
 
 from tests.v1.engine.engines import (
     DELTA,
@@ -80,13 +81,8 @@ def test_output_kinds_and_n(in_thread, kind):
             assert outputs[-1].finished and not any(o.finished for o in outputs[:-1])
             if kind is DELTA:
                 for i in range(3):
-                    assert [t for o in outputs for c in o.outputs if c.index == i for t in c.token_ids] == [
-                        8,
-                        9,
-                        10,
-                        11,
-                        12,
-                    ]
+                    got = [t for o in outputs for c in o.outputs if c.index == i for t in c.token_ids]
+                    assert got == [8, 9, 10, 11, 12]
             else:
                 assert [c.token_ids for c in outputs[-1].outputs] == [[8, 9, 10, 11, 12]] * 3
             if kind is RequestOutputKind.FINAL_ONLY:
@@ -349,6 +345,24 @@ def test_death_reaches_everybody(end, reason):
     asyncio.run(main())
 
 
+def test_a_request_in_the_moment_of_death_is_told_of_it():
+    async def main():
+        async with running(PacedCore) as engine:
+            client = engine._client
+            await kill(engine)
+            client._process.wait()
+            while client._commands.poll(0, zmq.POLLOUT):
+                time.sleep(0.001)
+            errors = await asyncio.gather(
+                collect(await engine.add_request([1], ENDLESS, "r")),
+                engine.reset_prefix_cache(),
+                return_exceptions=True,
+            )
+            assert all(type(e) is EngineDeadError and "killed by signal 9" in str(e) for e in errors), errors
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(("core", "reason"), [(FailingCore, "out of luck"), (LosingCore, "1 page lost")])
 def test_a_failure_in_the_core_is_a_death(mode, core, reason):
     async def main():
@@ -362,10 +376,11 @@ def test_a_failure_in_the_core_is_a_death(mode, core, reason):
     asyncio.run(main())
 
 
-def test_outputs_that_cannot_be_processed_are_a_death(in_thread, monkeypatch):
+@pytest.mark.parametrize(("part", "method"), [("output_processor", "_add_tokens"), ("metrics", "step")])
+def test_outputs_that_cannot_be_processed_are_a_death(mode, monkeypatch, part, method):
     async def main():
         async with running(PacedCore) as engine:
-            monkeypatch.setattr(engine.output_processor, "_add_tokens", None)
+            monkeypatch.setattr(getattr(engine, part), method, None)
             with pytest.raises(EngineDeadError, match="cannot be processed"):
                 await collect(engine.generate([1], ENDLESS, "r"))
 

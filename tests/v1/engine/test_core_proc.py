@@ -11,6 +11,7 @@ import time
 
 import psutil
 import pytest
+import zmq
 
 from tests.structure.tree import ROOT
 from tests.v1.engine.engines import assert_left_nothing, folders, make_config, resources, until
@@ -25,6 +26,7 @@ from tests.v1.engine.stub_cores import (
     RefusingCore,
     StuckCore,
     TellingCore,
+    VanishingCore,
 )
 from vllm.benchmarks.stub_core import StubCore
 from vllm.sampling_params import SamplingParams
@@ -151,6 +153,30 @@ def test_a_death_at_start_is_explained():
     assert type(error) is EngineDeadError and "SIGKILL" in str(error)
 
 
+@pytest.mark.timeout(60)
+def test_a_death_between_ready_and_the_first_command_is_one_at_start():
+    error = start_error(ProcessClient, VanishingCore)
+    assert type(error) is EngineDeadError and "exit code 7" in str(error)
+
+
+def test_what_is_sent_to_an_engine_that_has_just_died_is_no_error():
+    """Who sends cannot know yet; the death is told in a moment, with its reason."""
+
+    async def main():
+        async with Session(ProcessClient, PacedCore) as session:
+            session.process.kill()
+            session.client._process.wait()
+            while session.client._commands.poll(0, zmq.POLLOUT):
+                time.sleep(0.001)
+            session.add("r")
+            session.client.abort_requests(["r"])
+            session.client.call(1, "reset_prefix_cache")
+            assert not session.deaths
+            await until(lambda: session.deaths, "the death", seconds=1)
+
+    asyncio.run(main())
+
+
 def test_the_surroundings_are_those_of_the_parent(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path / "more"))
@@ -229,17 +255,17 @@ def test_shutdown_while_starting():
 PARENT = """
     import asyncio, os, sys, time
     from tests.v1.engine.engines import make_config
-    from tests.v1.engine.stub_cores import PacedCore
+    from tests.v1.engine.stub_cores import PrintingCore
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.core_client import ProcessClient
     from vllm.v1.engine.messages import EngineCoreRequest
 
     async def main():
-        client = ProcessClient(make_config(), PacedCore)
+        client = ProcessClient(make_config(), PrintingCore)
         if {started}:
             await client.start(lambda message: None, print)
             client.add_requests([EngineCoreRequest("r", [1], SamplingParams(max_tokens=10**6), 0.0)])
-        print(client._process.pid, flush=True)
+        os.write({report}, b"%d\\n" % client._process.pid)
         if {forget}:
             return
         time.sleep(100)
@@ -257,13 +283,23 @@ def is_gone(pid):
 
 
 @pytest.mark.parametrize(("started", "forget"), [(True, False), (False, False), (True, True)])
-def test_the_engine_goes_with_its_parent(started, forget):
-    """Whether that is killed, during the start or later, or just ends without a word."""
+@pytest.mark.parametrize("heard", [True, False])
+def test_the_engine_goes_with_its_parent(monkeypatch, started, forget, heard):
+    """Whether that is killed, during the start or later, or just ends without a word; and whoever read what both print may have gone."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     before = folders()
-    code = textwrap.dedent(PARENT).format(started=started, forget=forget)
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    report, reported = os.pipe()
+    reader, printed = os.pipe()
+    code = textwrap.dedent(PARENT).format(started=started, forget=forget, report=reported)
+    if not heard:
+        os.close(reader)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=printed, stderr=printed, pass_fds=[reported]
+    )
+    for end in (printed, reported):
+        os.close(end)
     try:
-        pid = int(parent.stdout.readline())
+        pid = int(os.read(report, 20))
         if not forget:
             time.sleep(0.2)
             parent.kill()
@@ -272,7 +308,8 @@ def test_the_engine_goes_with_its_parent(started, forget):
         assert folders() == before
     finally:
         parent.kill()
-        parent.stdout.close()
+        for end in (report, *([reader] if heard else [])):
+            os.close(end)
 
 
 def test_a_long_temporary_folder_is_no_obstacle(monkeypatch, tmp_path):

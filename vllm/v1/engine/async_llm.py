@@ -326,14 +326,17 @@ class AsyncLLM:
     # What the core client reports.
 
     def _on_outputs(self, message: EngineCoreOutputs) -> None:
-        """One step's outputs."""
+        """One step's outputs. Whatever goes wrong is a death: nobody would come again for the outputs behind these."""
         if self.dead_error is not None:
             return
         try:
-            requests, stopped = self.output_processor.receive(message.outputs)
+            self._process_outputs(message)
         except Exception as error:
             logger.exception("The engine's outputs cannot be processed")
-            return self._on_death(f"its outputs cannot be processed: {type(error).__name__}: {error}")
+            self._on_death(f"its outputs cannot be processed: {type(error).__name__}: {error}")
+
+    def _process_outputs(self, message: EngineCoreOutputs) -> None:
+        requests, stopped = self.output_processor.receive(message.outputs)
         self._client.abort_requests(stopped)
         for request in requests:
             mailbox = self._mailboxes[request.request_id]

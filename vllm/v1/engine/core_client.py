@@ -109,6 +109,8 @@ class ProcessClient(CoreClient):
     def __init__(self, config: VllmConfig, core_class: type | None = None) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready: asyncio.Future[EngineCoreInfo] | None = None
+        self._is_starting = True
+        self._error: Exception | None = None
         self._reason: str | None = None
         self._received = b""
         self._on_gpu = config.parallel_config.device == "cuda"
@@ -158,15 +160,19 @@ class ProcessClient(CoreClient):
         self._link.setblocking(False)
         self._loop.add_reader(self._link.fileno(), self._read_link)
         info = await self._ready
-        while not self._commands.poll(0, zmq.POLLOUT):  # the core has connected; ZeroMQ's own threads take a moment
+        while self._error is None and not self._commands.poll(0, zmq.POLLOUT):  # ZeroMQ's own threads take a moment
             await asyncio.sleep(0.001)
+        if self._error is not None:  # it is gone again
+            raise self._error
+        self._is_starting = False
         self._loop.add_reader(self._outputs.getsockopt(zmq.FD), self._read_outputs)
         self._read_outputs()
         self._held.remove_folder()  # both ends are connected: the names have served
         return info
 
     def send(self, command: Command) -> None:
-        self._commands.send(encode_command(command), zmq.NOBLOCK)
+        with contextlib.suppress(zmq.Again):  # it has just died: the link, which says how, has not been read yet
+            self._commands.send(encode_command(command), zmq.NOBLOCK)
 
     def why_stalled(self) -> str | None:
         self._read_link()  # this process may itself have stood still, with beats waiting
@@ -176,8 +182,8 @@ class ProcessClient(CoreClient):
         if self._loop is not None and not self._loop.is_closed() and not self._held.released:
             self._loop.remove_reader(self._link.fileno())
             self._loop.remove_reader(self._outputs.getsockopt(zmq.FD))
-            if not self._ready.done():
-                self._ready.set_exception(EngineDeadError("the engine was shut down"))
+            if self._is_starting:
+                self._end(EngineDeadError("the engine was shut down"))
         self._held.release()
 
     def _read_outputs(self) -> None:
@@ -224,10 +230,11 @@ class ProcessClient(CoreClient):
             self._reason = died
 
     def _end(self, error: Exception) -> None:
+        if not self._is_starting:
+            return self._on_death(str(error))
+        self._error = error
         if not self._ready.done():
             self._ready.set_exception(error)
-        elif not self._ready.cancelled() and self._ready.exception() is None:
-            self._on_death(str(error))
 
     def _how_it_ended(self) -> str:
         try:

@@ -71,8 +71,9 @@ def _end_with_front_end(link: socket.socket, folder: str) -> None:
 
 def _leave(code: int) -> None:
     """End the process at once: there is nothing to save, and a step may be under way in another thread."""
-    sys.stderr.flush()
-    sys.stdout.flush()
+    for stream in (sys.stderr, sys.stdout):
+        with contextlib.suppress(OSError):  # a pipe whose reader has gone, as `vllm serve | tee` leaves it
+            stream.flush()
     os._exit(code)
 
 
