@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import threading
 import time
 
 import pytest
@@ -142,6 +143,39 @@ def test_each_constraint_is_checked_once():
     finally:
         checker.shutdown()
     assert checker._process._process is None
+
+
+@pytest.mark.parametrize("when", ["before the process is started", "while it starts"])
+def test_an_end_comes_before_the_check_under_way(when):
+    """Which then ends too, and leaves no process behind."""
+    loading, go_on, errors = threading.Event(), threading.Event(), []
+
+    def load():
+        loading.set()
+        assert go_on.wait(30)
+        return VOCABULARY
+
+    def check():
+        try:
+            checker.check(GOOD)
+        except Exception as error:
+            errors.append(error)
+
+    checker = GrammarChecker(load)
+    thread = threading.Thread(target=check)
+    thread.start()
+    assert loading.wait(30)
+    if when == "while it starts":
+        go_on.set()
+        while checker._process._process is None:
+            time.sleep(0.001)
+    checker.shutdown()
+    go_on.set()
+    thread.join(30)
+    assert not thread.is_alive() and checker._process._process is None
+    assert [type(error) for error in errors] == [ValueError], errors
+    checker.check(GOOD)
+    checker.shutdown()
 
 
 def test_a_process_that_cannot_start_is_an_error_of_one_line(monkeypatch):

@@ -311,7 +311,11 @@ class AsyncLLM:
     async def _check_constraint(self, structured_outputs: StructuredOutputsParams) -> None:
         if self._grammar_checker.num_pending >= MOST_CONSTRAINTS_IN_CHECK:
             raise EngineOverloadedError("too many structured outputs wait to be checked; try again later")
-        await self._grammar_checker.check_async(structured_outputs)
+        try:
+            await self._grammar_checker.check_async(structured_outputs)
+        except ValueError:
+            self._check_alive()  # a check that ended with the engine says nothing about the constraint
+            raise
 
     async def _process(self, request_id: str, prompt: Any, params: SamplingParams, priority: int) -> ProcessedRequest:
         arrival_time, tokenised = time.time(), None

@@ -120,54 +120,72 @@ class GrammarChecker:
 
 
 class _CheckerProcess:
-    """The process, started when it is needed and started anew when it is gone."""
+    """The process, started when it is needed and started anew when it is gone.
+
+    Checks come one at a time, in whichever thread; `stop` may come in another one meanwhile, and ends the check under way.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()  # of the three below
         self._process: subprocess.Popen | None = None
         self._link: Connection | None = None
+        self._num_stops = 0
         self._vocabulary: bytes | None = None
 
     def check(self, spec: GrammarSpec, load_vocabulary: Callable[[], Vocabulary]) -> str | None:
-        """What is wrong with a spec, in one line; None if nothing is. Raises TimeoutError."""
+        """What is wrong with a spec, in one line; None if nothing is. Raises TimeoutError, also where it is stopped."""
+        num_stops = self._num_stops
         if self._vocabulary is None:
             self._vocabulary = pickle.dumps(load_vocabulary())
         for _ in range(2):  # the process may have ended since the last check
-            if self._link is None:
-                self._start()
+            process, link = self._running() or self._start(num_stops)
             try:
-                self._link.send_bytes(pickle.dumps(spec))
+                link.send_bytes(pickle.dumps(spec))
                 break
             except OSError:
-                self.stop()
+                self._end(process, link)
         else:
             raise ValueError("structured output does not work here: its checks cannot be started")
-        process, link = self._process, self._link
         try:
             if link.poll(WALL_SECONDS):
                 return pickle.loads(link.recv_bytes())
-            self.stop()
-            raise TimeoutError
         except (EOFError, OSError) as error:
-            if self._link is not link:  # stopped, by us or by `shutdown` in another thread
+            if self._num_stops != num_stops:
                 raise TimeoutError from error
             code = process.wait()
-            self.stop()
+            self._end(process, link)
             if code in _ENDED_ITSELF:
                 return f"structured_outputs: compiling or using it takes more than {CPU_SECONDS:g} s; make it simpler"
             return "structured_outputs: compiling it takes too much memory or nests too deeply; make it simpler"
+        self._end(process, link)
+        raise TimeoutError
 
     def stop(self) -> None:
-        if self._link is not None:
-            self._link.close()  # which ends the process, unless it is busy
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        self._link = self._process = None
+        with self._lock:
+            self._num_stops += 1
+            process, link = self._process, self._link
+        if process is not None:
+            self._end(process, link)
 
-    def _start(self) -> None:
+    def _running(self) -> tuple[subprocess.Popen, Connection] | None:
+        with self._lock:
+            return None if self._process is None else (self._process, self._link)
+
+    def _end(self, process: subprocess.Popen, link: Connection) -> None:
+        process.kill()
+        process.wait()
+        with self._lock:  # two threads may end the same one
+            link.close()
+            if self._process is process:
+                self._process = self._link = None
+
+    def _start(self, num_stops: int) -> tuple[subprocess.Popen, Connection]:
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
+        with theirs, self._lock:
+            if self._num_stops != num_stops:
+                ours.close()
+                raise TimeoutError
+            process = self._process = subprocess.Popen(
                 [sys.executable, "-m", "vllm.v1.structured_output.checker_proc"],
                 cwd=_ROOT,
                 stdin=theirs,
@@ -176,15 +194,17 @@ class _CheckerProcess:
                 start_new_session=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             )
-        self._link = Connection(ours.detach())
-        with contextlib.suppress(OSError):
-            self._link.send_bytes(pickle.dumps({"sys_path": sys.path, "cpu_seconds": CPU_SECONDS}))
-            self._link.send_bytes(self._vocabulary)
+            link = self._link = Connection(ours.detach())
         error = "they do not start"
         with contextlib.suppress(EOFError, OSError):
-            if self._link.poll(SECONDS_TO_START):
-                error = pickle.loads(self._link.recv_bytes())
-        if error is not None:
-            self.stop()
-            logger.error("The checks of structured output cannot be run: %s", error)
-            raise ValueError(f"structured output does not work here: {error}")
+            link.send_bytes(pickle.dumps({"sys_path": sys.path, "cpu_seconds": CPU_SECONDS}))
+            link.send_bytes(self._vocabulary)
+            if link.poll(SECONDS_TO_START):
+                error = pickle.loads(link.recv_bytes())
+        if error is None:
+            return process, link
+        self._end(process, link)
+        if self._num_stops != num_stops:
+            raise TimeoutError
+        logger.error("The checks of structured output cannot be run: %s", error)
+        raise ValueError(f"structured output does not work here: {error}")
