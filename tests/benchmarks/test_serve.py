@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -198,14 +197,8 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path):
     assert "Serving Benchmark Result" in out and "interrupted" in err and "Traceback" not in err
 
 
-def silent_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_an_unreachable_server_is_one_line(capsys):
-    port = silent_port()
+    port = free_port()
     assert bench(*QUICK, "--port", port, "--ready-check-timeout-sec", 0.1) == 1
     out, err = capsys.readouterr()
     assert (

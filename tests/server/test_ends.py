@@ -1,5 +1,6 @@
 """How a server ends: asked to, with work under way, because its engine is gone, or killed itself. Nobody is left without a word."""
 
+import json
 import os
 import signal
 import tempfile
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from tests.entrypoints.openai.server import RemoteServer
-from tests.server.clients import Reader, begin_and_read, connect
+from tests.server.clients import Reader, begin_and_read, connect, read_all
 from tests.server.conftest import STUB
 from tests.server.probes import held, until, works
 from tests.server.wire import request_bytes
@@ -80,16 +81,21 @@ def test_the_engine_is_killed(number):
 
 
 def test_no_more_is_taken_for_an_engine_that_is_gone():
-    """In the moment before the server ends, it refuses in so many words."""
+    """In the moment before the server ends, it refuses in so many words: here those who had begun to ask."""
     with RemoteServer(*LIMITS, **SLOW) as server:
+        bodies = {PATH: {"prompt": "a"}, "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]}}
+        asked = []
+        for path, body in bodies.items():
+            data = request_bytes("POST", path, json.dumps(body).encode())
+            asked.append((connect(server), data[-1:]))
+            asked[-1][0].sendall(data[:-1])
+        assert server.http.get("/health").status_code == 200  # by now they have been read
         server.engine().kill()
-        until(lambda: server.http.get("/health").status_code == 503, 3)
-        for path, body in (
-            (PATH, {"prompt": "a"}),
-            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
-        ):
-            refused = server.post(path, body)
-            assert refused.status_code == 503 and "SIGKILL" in refused.json()["error"]["message"]
+        until(lambda: "engine is dead" in server.log, 3)
+        for sock, rest in asked:
+            sock.sendall(rest)
+            head, _, body = read_all(sock).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 503 ") and "SIGKILL" in json.loads(body)["error"]["message"]
         assert server.wait(5) == 1
 
 
@@ -117,7 +123,7 @@ def test_the_engine_is_stopped_for_a_while():
 def test_sigterm_lets_everything_finish():
     """What runs and what waits, streams and whole answers; meanwhile who comes new is refused."""
     with RemoteServer(*LIMITS, "--max-model-len", 256) as server:
-        readers = [Reader(server, prompt="12+34=", max_tokens=80, stream=i % 2 == 0) for i in range(8)]
+        readers = [Reader(server, prompt="12+34=", max_tokens=240, stream=i % 2 == 0) for i in range(8)]
         until(lambda: held(server)["num_requests_waiting"] == 4, 10)
         server.send(signal.SIGTERM)
         until(lambda: server.http.get("/health").status_code == 503, 2)
@@ -182,7 +188,7 @@ def test_clients_that_keep_a_server_from_ending():
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_a_signal_while_the_model_loads(folder, number, code):
     with RemoteServer(wait=False, env={"TMPDIR": str(folder)}) as server:
-        until(lambda: any("core_proc" in " ".join(p.cmdline()) for p in server.children()), 60)
+        until(server.engines, 60)
         engine = server.engine()
         os.killpg(server.process.pid, number)
         assert server.wait(5) == code

@@ -59,7 +59,7 @@ def test_a_model_that_cannot_be_loaded(broken, name, change, words):
 
 
 def test_a_model_that_is_not_there():
-    check_one_line(serve("/nowhere/at/all"), "/nowhere/at/all", "no such folder")
+    check_one_line(serve("/nowhere/at/all", "--port", free_port()), "/nowhere/at/all", "no such folder")
 
 
 def test_a_model_that_does_not_fit():

@@ -6,14 +6,17 @@ with RemoteServer("--max-num-seqs", "4") as server:
 """
 
 import contextlib
+import itertools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -27,10 +30,29 @@ CHAT_FLAGS = ("--reasoning-parser", "qwen3", "--tool-call-parser", "qwen3_coder"
 SMALL = ("--max-num-seqs", "16", "--kv-cache-memory-bytes", "64M")
 
 
+PORTS = range(20_000, 32_768)
+"""Below those that Linux gives to connections: one of the thousands that tests open must not get the port of a server that starts."""
+_WORKERS = 8
+
+
+def _share() -> Iterator[int]:
+    """Ports of this process's own: of pytest-xdist's workers, each has others. Beside another run it begins elsewhere."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _WORKERS
+    ports = PORTS[worker::_WORKERS]
+    start = random.Random(os.getpid()).randrange(len(ports))
+    return itertools.cycle([*ports[start:], *ports[:start]])
+
+
+_ports = _share()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody has, and that nobody else is going to get."""
+    for port in itertools.islice(_ports, len(PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
 
 
 class RemoteServer:
@@ -111,9 +133,13 @@ class RemoteServer:
         except psutil.NoSuchProcess:
             return []
 
+    def engines(self) -> list[psutil.Process]:
+        """The process in which the engine runs, once there is one."""
+        return list(filter(_is_engine, self.children()))
+
     def engine(self) -> psutil.Process:
-        """The process in which the engine runs."""
-        (found,) = [process for process in self.children() if "core_proc" in " ".join(process.cmdline())]
+        """The same, where there must be one."""
+        (found,) = self.engines()
         return found
 
     # Requests. `body` is a dictionary, or bytes as they are.
@@ -145,6 +171,12 @@ class RemoteServer:
 
     def async_openai(self, **options) -> AsyncOpenAI:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **options)
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):  # a compiler's helper, say, that has just gone
+        return "core_proc" in " ".join(process.cmdline())
+    return False
 
 
 def chat_body(text, **fields) -> dict:

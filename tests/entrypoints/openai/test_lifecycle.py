@@ -7,11 +7,12 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.entrypoints.openai.server import ROOT, TINY, RemoteServer
+from tests.entrypoints.openai.server import ROOT, TINY, RemoteServer, free_port
 from tests.v1.engine.stub_cores import LoadingCore
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.cli_args import ServerArgs
@@ -61,6 +62,13 @@ def run(*arguments, **env):
     """A command line that ends by itself."""
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+
+
+def test_servers_get_ports_that_no_connection_gets():
+    """Or one of the thousands that tests open would have a server's port, now and then, in the second before it listens."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = [free_port() for _ in range(100)]
+    assert len(set(ports)) == 100 and (max(ports) < first or first < 32_768)
 
 
 def test_a_client_that_leaves_frees_its_place(server):

@@ -5,6 +5,7 @@ import contextlib
 import os
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -43,17 +44,20 @@ async def running(core_class=None, **overrides):
 
 
 def resources():
-    """Child processes, open sockets and pipes, and temporary folders of this process."""
+    """Child processes, open sockets and pipes, and temporary folders of this process, by name."""
     me = psutil.Process()
     links = [target for target in _links("/proc/self/fd") if target.startswith(("socket:", "anon_inode:", "pipe:"))]
-    return len(me.children(recursive=True)), len(links), folders()
+    return Counter([*(f"process {child.pid}" for child in me.children(recursive=True)), *links, *folders()])
 
 
 def assert_left_nothing(before):
-    """`before` was taken on the same side of asyncio.run: an event loop has descriptors of its own."""
+    """Nothing has come since `before` that is still there; what others had left behind may have gone meanwhile.
+
+    `before` was taken on the same side of asyncio.run: an event loop has descriptors of its own.
+    """
     end = time.monotonic() + 5
-    while (now := resources()) != before:
-        assert time.monotonic() < end, f"children, descriptors, folders: {before} before, {now} now"
+    while left := resources() - before:
+        assert time.monotonic() < end, f"left behind: {', '.join(left)}"
         time.sleep(0.01)
 
 

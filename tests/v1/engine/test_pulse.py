@@ -72,6 +72,7 @@ def test_a_step_that_waits_for_ever(quick, monkeypatch, processes):
     async def main():
         async with running(StuckCore) as engine:
             assert await health(engine) is None
+            await asyncio.wrap_future(engine._long_prompts)  # reading that tokenizer would be work of this process too
             stream = await ask_for_one(engine)
             reasons = []
             while not reasons or reasons[-1] is None:
