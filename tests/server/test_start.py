@@ -158,3 +158,14 @@ def test_what_it_says_when_it_serves(plain):
     (line,) = [line for line in plain.log.splitlines() if line.strip().startswith("curl ")]
     done = subprocess.run(["bash", "-c", line.strip() + " -s"], capture_output=True, text=True, timeout=30)
     assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+
+
+DEAF = "import os, sys; reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1)"
+STUB = "from vllm.benchmarks.stub_server import main; sys.exit(main())"
+
+
+def test_nobody_reads_what_it_says_when_it_serves():
+    """As in `vllm serve | head -1`: that is no reason to end."""
+    with RemoteServer(command=("-c", f"{DEAF}; {STUB}", "fast")) as server:
+        server.complete("a", max_tokens=2)
+        assert server.stop() == 0 and "Traceback" not in server.log

@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 
 import uvicorn
@@ -220,5 +221,8 @@ def _print_welcome(host: str, port: int, context: ServerContext) -> None:
     url = f"http://{shown}:{port}{context.args.root_path}"
     body = json.dumps({"messages": [{"role": "user", "content": "What is 12+34?"}]})
     key = " -H 'Authorization: Bearer YOUR_KEY'" if context.args.api_keys else ""
-    print(f"Serving {', '.join(context.model_names)} at {url}. Try:", flush=True)
-    print(f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'", flush=True)
+    try:
+        print(f"Serving {', '.join(context.model_names)} at {url}. Try:", flush=True)
+        print(f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'", flush=True)
+    except BrokenPipeError:  # nobody reads this, as in `vllm serve | head -1`; what is served has other readers
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
