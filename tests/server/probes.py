@@ -1,5 +1,6 @@
 """What a server says about itself, and what it takes."""
 
+import contextlib
 import re
 import time
 
@@ -49,6 +50,16 @@ def resident(server) -> dict[str, int]:
     """Megabytes of memory of the server's process and of the engine's."""
     processes = {"server": psutil.Process(server.process.pid), "engine": server.engine()}
     return {name: process.memory_info().rss >> 20 for name, process in processes.items()}
+
+
+def work(server) -> float:
+    """Seconds of the processor's time that the server, and whatever it has started, have used so far."""
+    process = psutil.Process(server.process.pid)
+    seconds = sum(process.cpu_times()[:4])  # with what those used that have ended
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            seconds += sum(child.cpu_times()[:2])
+    return seconds
 
 
 def works(server) -> None:

@@ -21,6 +21,8 @@ from tests.server.wire import request_bytes
 LIMITS = ("--max-num-seqs", 4, "--max-num-queued-requests", 50)
 SLOW = {"command": (*STUB, "slow")}  # twenty milliseconds a token
 PATH = "/v1/completions"
+SOON = 10
+"""Seconds: far less than --shutdown-timeout, or than the answers under way would take, on a machine with other work to do too."""
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_the_engine_is_killed(number):
         for reader in readers:
             error = reader.error()
             assert error["code"] == 503 and number.name in error["message"]
-        assert server.wait(5) == 1 and time.monotonic() - start < 5
+        assert server.wait(SOON) == 1 and time.monotonic() - start < SOON
         watcher.join(5)
         assert set(watcher.seen) == {200, 503} and sorted(watcher.seen) == watcher.seen
         check_log(server, "engine is dead", f"killed by signal {number.value} ({number.name})")
@@ -96,7 +98,7 @@ def test_no_more_is_taken_for_an_engine_that_is_gone():
             sock.sendall(rest)
             head, _, body = read_all(sock).partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 503 ") and "SIGKILL" in json.loads(body)["error"]["message"]
-        assert server.wait(5) == 1
+        assert server.wait(SOON) == 1
 
 
 def test_the_engine_is_stopped_for_a_while():
@@ -123,7 +125,7 @@ def test_the_engine_is_stopped_for_a_while():
 def test_sigterm_lets_everything_finish():
     """What runs and what waits, streams and whole answers; meanwhile who comes new is refused."""
     with RemoteServer(*LIMITS, "--max-model-len", 256) as server:
-        readers = [Reader(server, prompt="12+34=", max_tokens=240, stream=i % 2 == 0) for i in range(8)]
+        readers = [Reader(server, prompt="12+34=", max_tokens=120, stream=i % 2 == 0) for i in range(8)]
         until(lambda: held(server)["num_requests_waiting"] == 4, 10)
         server.send(signal.SIGTERM)
         until(lambda: server.http.get("/health").status_code == 503, 2)
@@ -150,7 +152,7 @@ def test_what_takes_longer_than_the_shutdown_timeout():
         for reader in readers:
             error = reader.error()
             assert error["code"] == 503 and "shutting down" in error["message"]
-        assert server.wait(5) == 0 and 1 <= time.monotonic() - start < 5
+        assert server.wait(SOON) == 0 and 1 <= time.monotonic() - start < SOON
         check_log(server, "not finished in time")
 
 
@@ -163,7 +165,7 @@ def test_a_second_ctrl_c(first):
         until(lambda: "once more stops at once" in server.log, 3)
         start = time.monotonic()
         os.killpg(server.process.pid, signal.SIGINT)
-        assert server.wait(5) == 130 and time.monotonic() - start < 3
+        assert server.wait(SOON) == 130 and time.monotonic() - start < SOON
         assert all(reader.error()["code"] == 503 for reader in readers)
         check_log(server, "Stopping at once")
 
@@ -179,7 +181,7 @@ def test_clients_that_keep_a_server_from_ending():
         until(lambda: not any(held(server).values()), 20)
         start = time.monotonic()
         server.send(signal.SIGTERM)
-        assert server.wait(10) == 0 and time.monotonic() - start < 6
+        assert server.wait(SOON) == 0 and time.monotonic() - start < SOON
         check_log(server)
         for sock in (*idle, half, deaf):
             sock.close()
@@ -191,7 +193,7 @@ def test_a_signal_while_the_model_loads(folder, number, code):
         until(server.engines, 60)
         engine = server.engine()
         os.killpg(server.process.pid, number)
-        assert server.wait(5) == code
+        assert server.wait(SOON) == code
         until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, 5)
         until(lambda: not list(folder.glob("vllm-*")), 2)
         check_log(server)
