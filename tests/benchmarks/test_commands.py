@@ -190,6 +190,7 @@ def test_a_job_that_breaks_says_why():
         (["latncy"], 2, "no command bench 'latncy'; did you mean latency?"),
         (["xyz"], 2, "there are: latency, throughput, serve, startup, ab, compare"),
         (["latency", "--batch-size", "0"], 2, "--batch-size must be at least 1"),
+        (["latency", "--num-iters-warmup", "-1"], 2, "--num-iters-warmup must be at least 0"),
         (
             ["latency", "--batch-size", "4", "--max-num-seqs", "2"],
             2,

@@ -99,6 +99,12 @@ def test_files_that_do_not_do(tokenizer, tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             make_samples(arguments(*flags), tokenizer)
+    path.write_text('[{"conversations": {"a": 1, "b": 2}}, {"conversations": 5}]')
+    with pytest.raises(ValueError, match="nothing in it"):
+        make_samples(arguments(*flags), tokenizer)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"x\.json: not text"):
+        make_samples(arguments("--dataset-name", "custom", "--dataset-path", path), tokenizer)
     with pytest.raises(ValueError, match="needs a tokenizer"):
         make_samples(arguments(*flags), None, 100)
     with pytest.raises(ValueError, match="--random-range-ratio must lie in 0 to 1"):

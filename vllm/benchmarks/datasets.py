@@ -210,7 +210,9 @@ def read_sharegpt(path: Path, tokenizer: Any, args: argparse.Namespace, draw: ra
         entry.get("conversations") or entry.get("conversation") or [] for entry in entries if isinstance(entry, dict)
     ]
     pairs = [
-        (t[0].get("value"), t[1].get("value")) for t in turns if len(t) >= 2 and all(isinstance(x, dict) for x in t[:2])
+        (t[0].get("value"), t[1].get("value"))
+        for t in turns
+        if isinstance(t, list) and len(t) >= 2 and all(isinstance(x, dict) for x in t[:2])
     ]
     draw.shuffle(pairs)
     samples: list[Sample] = []
@@ -229,7 +231,11 @@ def read_sharegpt(path: Path, tokenizer: Any, args: argparse.Namespace, draw: ra
 def read_custom(path: Path, tokenizer: Any, args: argparse.Namespace, draw: random.Random) -> list[Sample]:
     """One JSON object a line: `prompt`, and `output_tokens` where a line knows better than the flag. In the file's order."""
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--dataset-path {path}: not text: {error}") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip() or len(samples) == args.num_prompts:
             continue
         try:

@@ -37,11 +37,15 @@ class Client:
     """
 
     def __init__(self, base_url: str, headers: dict[str, str] | None = None) -> None:
-        parts = urlsplit(base_url)
+        try:
+            parts = urlsplit(base_url)
+            port = parts.port
+        except ValueError as error:
+            raise ValueError(f"--base-url {base_url}: {error}") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"--base-url {base_url}: expected http://host:port")
         self._host, self._tls = parts.hostname, parts.scheme == "https"
-        self._port = parts.port or (443 if self._tls else 80)
+        self._port = port or (443 if self._tls else 80)
         self._path = parts.path.rstrip("/")
         host = f"[{self._host}]" if ":" in self._host else self._host
         lines = [f"Host: {host}:{self._port}", "Accept: text/event-stream, application/json"]

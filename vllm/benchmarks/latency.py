@@ -45,9 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 130 where it was interrupted."""
-    for name in ("input_len", "output_len", "batch_size", "num_iters"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(args, name)}")
+    for name in ("input_len", "output_len", "batch_size", "num_iters", "num_iters_warmup"):
+        least = 0 if name == "num_iters_warmup" else 1
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(args, name)}")
     check_output_dir(args)
     kwargs = engine_kwargs(args, args.batch_size, args.input_len + args.output_len)
     result = begin("latency", args) | {"model": kwargs["model"], "latencies": []}

@@ -117,12 +117,17 @@ def run(args: argparse.Namespace) -> int:
         parse_percentiles(args.metric_percentiles),
     )
     check_dataset_args(args)
-    if args.request_rate <= 0 or args.burstiness <= 0:
+    if not (args.request_rate > 0 and 0 < args.burstiness < float("inf")):  # nan is neither
         raise ValueError(
-            f"--request-rate and --burstiness must be above 0; got {args.request_rate:g} and {args.burstiness:g}"
+            f"--request-rate and --burstiness must be above 0, and only the first may be inf; got {args.request_rate:g} and {args.burstiness:g}"
         )
     if args.max_concurrency is not None and args.max_concurrency < 1:
         raise ValueError(f"--max-concurrency must be at least 1; got {args.max_concurrency}")
+    if args.num_warmups < 0 or not args.ready_check_timeout_sec >= 0:
+        raise ValueError(
+            "--num-warmups and --ready-check-timeout-sec must not be below 0; "
+            f"got {args.num_warmups} and {args.ready_check_timeout_sec:g}"
+        )
     check_output_dir(args)
     check_output_dir_of_result(args)
     result = begin("serve", args)
@@ -309,7 +314,7 @@ def parse_goodput(words: list[str]) -> dict[str, float]:
             limits[name] = float(value)
         except ValueError:
             colon = ""
-        if not colon or name not in ("ttft", "tpot", "e2el") or limits[name] < 0:
+        if not colon or name not in ("ttft", "tpot", "e2el") or not limits[name] >= 0:
             raise ValueError(f"--goodput {word}: expected ttft, tpot or e2el and milliseconds, such as ttft:200")
     return limits
 
