@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,10 @@ import pytest
 
 from tests.entrypoints.openai.server import ROOT, TINY, RemoteServer, free_port
 from tests.v1.engine.stub_cores import LoadingCore
+from vllm.benchmarks.stub_core import StubCore
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.openai import launcher
+from vllm.entrypoints.openai.api_server import build_app
 from vllm.entrypoints.openai.cli_args import ServerArgs
 from vllm.entrypoints.openai.launcher import serve
 
@@ -116,6 +120,17 @@ def test_a_chat_template_that_is_none(template, words):
     with pytest.raises(ValueError, match="--chat-template, " + words):
         serve(EngineArgs(str(TINY), device="cpu"), ServerArgs(port=0, chat_template=template), core_class=LoadingCore)
     assert time.monotonic() - start < 20 and signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_port_that_another_server_takes_while_the_model_loads(monkeypatch):
+    """Until one of them listens, two may have the same one."""
+    port = free_port()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", port))
+        monkeypatch.setattr(launcher, "build_app", lambda *args: other.listen() or build_app(*args))
+        with pytest.raises(ValueError, match=f"^--port {port}: cannot listen on 127.0.0.1: Address already in use$"):
+            serve(EngineArgs(str(TINY), device="cpu"), ServerArgs(port=port), core_class=StubCore)
 
 
 def test_requests_that_take_too_long_are_told(tmp_path):

@@ -69,6 +69,10 @@ async def _serve(engine: AsyncLLM, app: FastAPI, listener: socket.socket) -> int
     context = app.state.context
     try:
         await engine.start()
+        try:
+            listener.listen(_BACKLOG)
+        except OSError as error:  # another server had bound the port too, and was quicker
+            raise _no_port(context.args.host, context.args.port, error) from None
         return await Server(context, _uvicorn_config(app, context.args)).run(listener)
     finally:
         engine.shutdown()
@@ -190,8 +194,12 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise ValueError(f"--port {port}: cannot listen on {host}: {error.strerror or error}") from None
+        raise _no_port(host, port, error) from None
     return listener
+
+
+def _no_port(host: str, port: int, error: OSError) -> ValueError:
+    return ValueError(f"--port {port}: cannot listen on {host}: {error.strerror or error}")
 
 
 def _allow_many_connections() -> None:
