@@ -21,8 +21,8 @@ from tests.server.wire import request_bytes
 LIMITS = ("--max-num-seqs", 4, "--max-num-queued-requests", 50)
 SLOW = {"command": (*STUB, "slow")}  # twenty milliseconds a token
 PATH = "/v1/completions"
-SOON = 10
-"""Seconds: far less than --shutdown-timeout, or than the answers under way would take, on a machine with other work to do too."""
+SOON = 5
+"""Seconds: far less than --shutdown-timeout, or than the answers under way would take."""
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_the_engine_is_stopped_for_a_while():
 def test_sigterm_lets_everything_finish():
     """What runs and what waits, streams and whole answers; meanwhile who comes new is refused."""
     with RemoteServer(*LIMITS, "--max-model-len", 256) as server:
-        readers = [Reader(server, prompt="12+34=", max_tokens=120, stream=i % 2 == 0) for i in range(8)]
+        readers = [Reader(server, prompt="12+34=", max_tokens=80, stream=i % 2 == 0) for i in range(8)]
         until(lambda: held(server)["num_requests_waiting"] == 4, 10)
         server.send(signal.SIGTERM)
         until(lambda: server.http.get("/health").status_code == 503, 2)
@@ -165,7 +165,7 @@ def test_a_second_ctrl_c(first):
         until(lambda: "once more stops at once" in server.log, 3)
         start = time.monotonic()
         os.killpg(server.process.pid, signal.SIGINT)
-        assert server.wait(SOON) == 130 and time.monotonic() - start < SOON
+        assert server.wait(SOON) == 130 and time.monotonic() - start < 3
         assert all(reader.error()["code"] == 503 for reader in readers)
         check_log(server, "Stopping at once")
 
@@ -181,7 +181,7 @@ def test_clients_that_keep_a_server_from_ending():
         until(lambda: not any(held(server).values()), 20)
         start = time.monotonic()
         server.send(signal.SIGTERM)
-        assert server.wait(SOON) == 0 and time.monotonic() - start < SOON
+        assert server.wait(10) == 0 and time.monotonic() - start < 6
         check_log(server)
         for sock in (*idle, half, deaf):
             sock.close()
