@@ -12,14 +12,13 @@ def test_defaults_parse(monkeypatch):
         monkeypatch.delenv(name, raising=False)
         assert getattr(envs, name) == variable.parse(variable.default)
         assert variable.help.endswith(".")
-        assert not envs.is_set(name)
 
 
 def test_read_when_used(monkeypatch):
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "debug")
     assert envs.VLLM_LOGGING_LEVEL == "DEBUG"
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
-    assert envs.VLLM_LOGGING_LEVEL == "ERROR" and envs.is_set("VLLM_LOGGING_LEVEL")
+    assert envs.VLLM_LOGGING_LEVEL == "ERROR"
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", True), ("true", True), ("0", False), ("", False), ("Off", False)])
@@ -38,8 +37,6 @@ def test_a_bad_value_is_named(monkeypatch):
 def test_an_unknown_name_is_an_error():
     with pytest.raises(AttributeError, match="VLLM_NOTHING"):
         _ = envs.VLLM_NOTHING
-    with pytest.raises(KeyError, match="VLLM_NOTHING"):
-        envs.is_set("VLLM_NOTHING")
 
 
 def test_unknown_variables_get_one_warning(monkeypatch, caplog):

@@ -86,13 +86,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *VARIABLES})
 
 
-def is_set(name: str) -> bool:
-    """Whether the user set the variable, as opposed to reading its default."""
-    if name not in VARIABLES:
-        raise KeyError(f"vllm reads no environment variable {name!r}")
-    return name in os.environ
-
-
 def unknown() -> list[str]:
     return sorted(name for name in os.environ if name.startswith("VLLM_") and name not in VARIABLES)
 

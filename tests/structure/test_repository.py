@@ -156,7 +156,7 @@ def test_a_kernel_without_a_reference_is_seen():
 
 
 def envs_read(source: str) -> set[str]:
-    return set(re.findall(r"\benvs\.(VLLM_\w+)", source)) | set(re.findall(r"is_set\(\"(VLLM_\w+)\"\)", source))
+    return set(re.findall(r"\benvs\.(VLLM_\w+)", source))
 
 
 def test_environment_variables_are_declared_and_honoured():

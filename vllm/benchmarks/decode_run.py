@@ -66,6 +66,17 @@ class DecodeRun:
         }
 
 
+def greedy_params(output_len: int) -> SamplingParams:
+    """So many tokens, with as little work beside the model's as can be."""
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=output_len,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
 def random_prompts(count: int, length: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
     """The same prompts for the same arguments; ids of the first 256 are left out, where special tokens may be."""
     draw = random.Random(f"{seed}/{length}")
@@ -84,13 +95,7 @@ def run_batch(engine: LLMEngine, prompts: Sequence[Sequence[int]], output_len: i
     metrics, num = engine.metrics, len(prompts)
     firsts, tokens = _first_tokens(engine), metrics.generation_tokens
     finished, preemptions = sum(metrics.finished.values()), metrics.num_preemptions
-    params = SamplingParams(
-        temperature=0.0,
-        max_tokens=output_len,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    params = greedy_params(output_len)
     ids: list[str] = []
     ttft: list[float] = []
     window: list[tuple[float, int]] = []  # (time, tokens so far) from the last first token on

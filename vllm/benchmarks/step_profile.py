@@ -20,9 +20,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
-from vllm.benchmarks.decode_run import random_prompts
+from vllm.benchmarks.decode_run import greedy_params, random_prompts
 from vllm.benchmarks.variants import RUN_TIME
-from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -80,13 +79,7 @@ def profile_steps(engine: LLMEngine, concurrency: int, input_len: int, steps: in
         raise ValueError(
             f"{output_len} output tokens are too few to profile steps of {concurrency} sequences: raise --output-len"
         )
-    params = SamplingParams(
-        temperature=0.0,
-        max_tokens=output_len,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    params = greedy_params(output_len)
     ids = [f"profile-{i}" for i in range(concurrency)]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     firsts = sum(engine.metrics.time_to_first_token.counts)
