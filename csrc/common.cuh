@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "hopper.cuh"
+
 namespace vllm {
 
 using torch::headeronly::ScalarType;
@@ -40,21 +42,6 @@ __device__ inline __half from_float<__half>(float x) {
 template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
-}
-
-// Programmatic dependent launch (sm_90 and newer). A grid launched by launch() below may start while its predecessor
-// still runs: it must call wait_for_predecessor() before it touches memory that another kernel writes, weights included
-// (the predecessor may be the copy that loads them). let_successor_start() only lets the next grid take its place
-// early; that grid waits in the same way, so it is always safe.
-__device__ inline void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ inline void let_successor_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 inline cudaStream_t current_stream(const Tensor& tensor) {

@@ -17,8 +17,6 @@
 
 #include <cuda_fp8.h>
 
-#include <type_traits>
-
 #include "common.cuh"
 
 #pragma nv_diag_suppress 177  // for sm_80, which has no copy engine, the kernel is empty and its helpers unused
@@ -80,49 +78,7 @@ struct Problem {
   float lift;  // factor that makes good for the small numbers that 8- and 4-bit floats become
 };
 
-// Barriers in shared memory that count arrivals and, for copies, bytes; a phase ends when both are complete.
-// Shared memory is named by 32-bit addresses that the compiler must not compute again and again.
-__device__ inline unsigned shared_address(const void* p) {
-  unsigned address = unsigned(__cvta_generic_to_shared(p));
-  asm volatile("" : "+r"(address));
-  return address;
-}
-__device__ inline void barrier_init(unsigned barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ inline void barrier_arrive(unsigned barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
 #if __CUDA_ARCH__ >= 900
-__device__ inline void barrier_expect(unsigned barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ inline void barrier_wait(unsigned barrier, int phase) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::
-          "r"(barrier),
-      "r"(phase)
-      : "memory");
-}
-__device__ inline void bulk_copy(unsigned to, const void* from, int bytes, unsigned barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-template <typename T>
-__device__ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
-                           unsigned b1) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  }
-}
-
 // Two bfloat16 at once.
 __device__ inline unsigned sub2(unsigned a, unsigned b) {
   unsigned c;
