@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # No test downloads a model: the one they use is in the repository.
 test test-gpu: export HF_HUB_OFFLINE := 1
 
-CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cuh)
+CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cuh tests/csrc/emulated/*.cpp tests/csrc/emulated/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-gpu lint format csrc clean

@@ -24,11 +24,13 @@ Matrix matrix(const char* name, const Tensor& words, const Tensor& scale, const 
   STD_TORCH_CHECK(words.dim() == 3 && words.scalar_type() == ScalarType::Int && words.is_contiguous(), name,
                   " must be int32 words [experts, rows, columns / 8]");
   const int64_t E = words.size(0), rows = words.size(1), columns = words.size(2) * 8;
-  STD_TORCH_CHECK(columns > 0 && columns % (kUnit * kChunk) == 0, name, " needs a multiple of 128 columns, got ", columns);
-  STD_TORCH_CHECK(scale.dim() == 3 && scale.size(2) > 0 && columns % scale.size(2) == 0, name, " has no regular groups");
+  STD_TORCH_CHECK(columns > 0 && columns % (kUnit * kChunk) == 0, name, " needs a multiple of 128 columns, got ",
+                  columns);
+  STD_TORCH_CHECK(scale.dim() == 3 && scale.size(2) > 0 && columns % scale.size(2) == 0, name,
+                  " has no regular groups");
   const int64_t groups = scale.size(2), group = columns / groups;
-  STD_TORCH_CHECK(group == kUnit || (group % (kUnit * kChunk) == 0 && (group & (group - 1)) == 0), name,
-                  ": groups of ", group, " columns cannot be read");
+  STD_TORCH_CHECK(group == kUnit || (group % (kUnit * kChunk) == 0 && (group & (group - 1)) == 0), name, ": groups of ",
+                  group, " columns cannot be read");
   const ScalarType type = scale.scalar_type();
   check(scale, name, {E, rows, groups}, type, words);
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half || type == ScalarType::Float, name,
@@ -86,11 +88,11 @@ void check_x(const Tensor& x, const char* name, int64_t columns) {
 Choices by_logits(const Tensor& logits, const Tensor& chosen, const Tensor& x, const Matrix& w, int64_t experts,
                   int64_t top_k) {
   const int64_t T = logits.dim() == 2 ? logits.size(0) : 0;
-  STD_TORCH_CHECK(T > 0 && logits.scalar_type() == ScalarType::Float && logits.stride(1) == 1 &&
-                      logits.size(1) == experts + 1,
-                  "logits must be float32 [tokens, experts + 1]");
-  STD_TORCH_CHECK(top_k >= 1 && top_k <= kMostChoices && top_k <= experts && experts <= 32 * kMostKeys, "cannot choose ", top_k,
-                  " of ", experts, " experts");
+  STD_TORCH_CHECK(
+      T > 0 && logits.scalar_type() == ScalarType::Float && logits.stride(1) == 1 && logits.size(1) == experts + 1,
+      "logits must be float32 [tokens, experts + 1]");
+  STD_TORCH_CHECK(top_k >= 1 && top_k <= kMostChoices && top_k <= experts && experts <= 32 * kMostKeys,
+                  "cannot choose ", top_k, " of ", experts, " experts");
   check(chosen, "chosen", {T * top_k}, ScalarType::Int, x);
   Choices choices{};
   choices.top_k = int(top_k), choices.experts = int(experts), choices.logits_row = int(logits.stride(0));
@@ -175,8 +177,8 @@ void down_token(const Tensor y, const Tensor h, const Tensor words, const Tensor
   const int bytes = kTile * (int(top_k) * words_pitch(w.columns) + (shared.w ? plain_pitch(shared.columns) : 0));
   by_format(w, [&](auto has_zero, auto share) {
     by_experts(choices.experts, [&](auto keys) {
-      launch_with(down_token_kernel<has_zero(), share(), keys()>, dim3(w.rows / kTile, y.size(0)), 32 * choices.top_k, bytes, h,
-                  data(y), data(h), w, choices, shared, early);
+      launch_with(down_token_kernel<has_zero(), share(), keys()>, dim3(w.rows / kTile, y.size(0)), 32 * choices.top_k,
+                  bytes, h, data(y), data(h), w, choices, shared, early);
     });
   });
 }

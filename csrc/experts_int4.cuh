@@ -3,9 +3,9 @@
 //
 // W is the 16-row operand of mma.sync, up to 8 choices of the same expert are its columns. A unit is 32 columns of W,
 // 16 bytes of a row; the lanes of a quad take a word of it each, in the same unit of 8 rows, and 8 rows further down.
-// Nibbles become bfloat16 where they lie: 0x4300 | q is 128 + q. What that adds to a unit's product, and its zero point,
-// is a multiple of the sum of its x, which is one more product, with ones; and a group's scale multiplies the sum and not
-// the elements. So an element takes less than two instructions, where the memory leaves time for three.
+// Nibbles become bfloat16 where they lie: 0x4300 | q is 128 + q. What that adds to a unit's product, and its zero
+// point, is a multiple of the sum of its x, which is one more product, with ones; and a group's scale multiplies the
+// sum and not the elements. So an element takes less than two instructions, where the memory leaves time for three.
 //
 // Rows of W come through the copy engine, all of a block at once; scales and x each warp fetches for itself. Several
 // blocks share a multiprocessor, and while one waits another multiplies.
@@ -18,12 +18,12 @@ namespace experts {
 
 using bf16 = __nv_bfloat16;
 
-constexpr int kTile = 16;      // rows of W in a product
-constexpr int kColumns = 8;    // of choices in one
-constexpr int kUnit = 32;      // columns of W
-constexpr int kChunk = 4;      // units that are taken together
-constexpr int kWarps = 8;      // of a block, but for the one that has a warp a choice
-constexpr int kMostKeys = 16;  // experts a lane, when a warp chooses
+constexpr int kTile = 16;         // rows of W in a product
+constexpr int kColumns = 8;       // of choices in one
+constexpr int kUnit = 32;         // columns of W
+constexpr int kChunk = 4;         // units that are taken together
+constexpr int kWarps = 8;         // of a block, but for the one that has a warp a choice
+constexpr int kMostKeys = 16;     // experts a lane, when a warp chooses
 constexpr int kMostChoices = 16;  // of a token
 
 struct Matrix {                // [experts, rows, columns]
@@ -232,7 +232,8 @@ __global__ void __launch_bounds__(kWarps * 32)
   unsigned char* const memory = dynamic_memory();
   __shared__ uint64_t full;
   __shared__ int picked;
-  __shared__ __align__(16) float slots[kWarps * kSlot], partial[kWarps * 2 * kOut];  // [warps, gate or up, rows, columns]
+  __shared__ __align__(16) float slots[kWarps * kSlot],
+      partial[kWarps * 2 * kOut];  // [warps, gate or up, rows, columns]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, quarter = lane % 4;
   const int inner = w.rows / 2, first = blockIdx.x * kTile;
   const unsigned full_at = shared_address(&full);
@@ -294,8 +295,9 @@ __global__ void __launch_bounds__(kWarps * 32)
 #endif
 }
 
-// y = the sum of one token's choices by their shares, and of the shared expert's part: 16 rows a block, a choice a warp.
-// early: choose again from the logits, so that the weights are under way before h is written. Blocks: x tiles, y tokens.
+// y = the sum of one token's choices by their shares, and of the shared expert's part: 16 rows a block, a choice a
+// warp. early: choose again from the logits, so that the weights are under way before h is written. Blocks: x tiles, y
+// tokens.
 template <bool kZero, int kShare, int kKeys>
 __global__ void __launch_bounds__(kMostChoices * 32)
     down_token_kernel(bf16* y, const bf16* h, const __grid_constant__ Matrix w, const __grid_constant__ Choices choices,

@@ -1,4 +1,5 @@
-// What kernels ask of the hardware by name (sm_90 and newer): overlapping launches, the copy engine and its barriers, tensor cores.
+// What kernels ask of the hardware by name (sm_90 and newer): overlapping launches, the copy engine and its barriers,
+// tensor cores.
 #ifndef VLLM_HOPPER_CUH
 #define VLLM_HOPPER_CUH
 

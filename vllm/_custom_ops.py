@@ -33,6 +33,8 @@ def _load(library: Path) -> str | None:
     torch.library.register_fake("vllm_c::fused_add_rms_norm", lambda x, residual, weight, eps, plus_one: None)
     torch.library.register_fake("vllm_c::gdn_decode", lambda *args, **kwargs: None)
     torch.library.register_fake("vllm_c::skinny_gemm", lambda *args: None)
+    for name in ("gate_up_token", "gate_up_blocks", "down_token", "down_blocks"):
+        torch.library.register_fake(f"vllm_c::experts_{name}", lambda *args: None)
     return None
 
 
@@ -43,7 +45,7 @@ def available(device: torch.device | str = "cuda") -> bool:
     reason = _load(_LIBRARY)
     if reason is not None:
         logger.info_once(
-            "CUDA kernels of csrc/ are not in use: %s. Residual add, RMSNorm, GDN decoding and small GEMMs run as other, slower kernels; "
+            "CUDA kernels of csrc/ are not in use: %s. Residual add, RMSNorm, GDN decoding, small GEMMs and int4 experts run as other, slower kernels; "
             "to build them, %s.",
             reason,
             _REBUILD,
@@ -139,3 +141,70 @@ def skinny_gemm(
     """
     form = WEIGHT_FORMATS.index(kind)
     torch.ops.vllm_c.skinny_gemm(out, x, weight, scale, zero, row_scale, form, group, scale_rows, ring, late)
+
+
+def experts_gate_up_token(
+    h: torch.Tensor,
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    logits: torch.Tensor,
+    chosen: torch.Tensor,
+    top_k: int,
+) -> None:
+    """h [T * top_k, I] = silu(gate x) * up x of every token's choices, the best of its logits; int4 weights, sm_90 and newer.
+
+    x [T, D] in bfloat16; words [E, 2I, D / 8], scale and zero as in `KernelWeight`; logits float32 [T, E + 1], of which the last is
+    nobody's; chosen int32 [T * top_k] is written.
+    """
+    torch.ops.vllm_c.experts_gate_up_token(h, x, words, scale, zero, logits, chosen, top_k)
+
+
+def experts_gate_up_blocks(
+    h: torch.Tensor,
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    order: torch.Tensor,
+    block_expert: torch.Tensor,
+    block_rows: torch.Tensor,
+    top_k: int,
+) -> None:
+    """The same of choices in blocks of up to 8 of one expert, as `Routed` has them."""
+    torch.ops.vllm_c.experts_gate_up_blocks(h, x, words, scale, zero, order, block_expert, block_rows, top_k)
+
+
+def experts_down_token(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    shared_x: torch.Tensor | None,
+    shared_w: torch.Tensor | None,
+    logits: torch.Tensor,
+    chosen: torch.Tensor,
+    top_k: int,
+    early: bool,
+) -> None:
+    """y [T, D] = the sum of a token's choices down h by softmax over their logits, and sigmoid(last logit) * shared_w shared_x.
+
+    words [E, D, I / 8]; shared_w [D, S] and shared_x [T, S] in bfloat16. early: choose again from the logits instead of reading `chosen`.
+    """
+    torch.ops.vllm_c.experts_down_token(y, h, words, scale, zero, shared_x, shared_w, logits, chosen, top_k, early)
+
+
+def experts_down_blocks(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    order: torch.Tensor,
+    block_expert: torch.Tensor,
+    block_rows: torch.Tensor,
+) -> None:
+    """y [T * top_k, D] = down h of every choice, in blocks as above."""
+    torch.ops.vllm_c.experts_down_blocks(y, h, words, scale, zero, order, block_expert, block_rows)

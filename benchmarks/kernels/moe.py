@@ -20,7 +20,7 @@ from vllm.model_executor.layers.fused_moe.experts import ExpertsPlan, plan_exper
 from vllm.model_executor.layers.quantization.plan import ConfigPlan
 from vllm.model_executor.models.qwen3_5 import SparseMoE
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
+TOKENS = (1, 2, 4, 8, 12, 16, 32, 64, 128, 256, 1024, 4096)
 PRESETS = {"int4 g32": "preset:qwen3.5-35b-a3b-awq-4bit", "bf16": "preset:qwen3.5-35b-a3b"}
 LAYERS = 4
 
@@ -62,12 +62,16 @@ def ways(tokens: int, dense: bool) -> dict[str, ExpertsPlan | None]:
     found: dict[str, ExpertsPlan | None] = {"auto": None, "auto_again": None}
     if tokens <= 16:
         found["few"] = ExpertsPlan("few")
+        if not dense:
+            found["few_csrc"] = ExpertsPlan("few", csrc=True)
     if tokens > 1:
         found |= {
             f"tiles_{block}": ExpertsPlan("tiles", block)
             for block in (16, 32, 64, 128)
             if block <= max(16, tokens // 2)
         }
+    if not dense and 1 < tokens <= 1024:
+        found["tiles_8_csrc"] = ExpertsPlan("tiles", 8, csrc=True)
     if dense or tokens >= 256:
         found["grouped"] = ExpertsPlan("grouped")
     return found

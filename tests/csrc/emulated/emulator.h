@@ -1,7 +1,8 @@
-// Runs a kernel of csrc/ on the CPU, one block after the other, its threads as fibers that take turns where they wait for each other.
+// Runs a kernel of csrc/ on the CPU, one block after the other, its threads as fibers that take turns where they wait
+// for each other.
 //
-// It stands in for hopper.cuh and for what nvcc brings. What it shows: indices, fragments, barriers and arithmetic. What it cannot show:
-// races between threads that no barrier orders, and speed.
+// It stands in for hopper.cuh and for what nvcc brings. What it shows: indices, fragments, barriers and arithmetic.
+// What it cannot show: races between threads that no barrier orders, and speed.
 #pragma once
 
 #define VLLM_HOPPER_CUH
@@ -131,7 +132,8 @@ void run(Index grid, int threads, Body body) {
         state.fibers[t].uc_stack.ss_size = kStack;
         state.fibers[t].uc_link = &state.scheduler;
         const uint64_t address = reinterpret_cast<uint64_t>(&start);
-        makecontext(&state.fibers[t], reinterpret_cast<void (*)()>(entry), 2, unsigned(address >> 32), unsigned(address));
+        makecontext(&state.fibers[t], reinterpret_cast<void (*)()>(entry), 2, unsigned(address >> 32),
+                    unsigned(address));
       }
       while (state.running > 0) {
         for (int t = 0; t < threads; ++t) {

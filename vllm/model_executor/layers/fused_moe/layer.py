@@ -26,6 +26,7 @@ from vllm.model_executor.layers.fused_moe.ops.grouped import (
     experts_triton,
     fits_grouped,
 )
+from vllm.model_executor.layers.fused_moe.ops.int4 import experts_cuda, fits_int4, moe_few_tokens_cuda
 from vllm.model_executor.layers.fused_moe.ops.route import route
 from vllm.model_executor.layers.fused_moe.ops.weights import PLANES, MoEWeights, fits
 from vllm.model_executor.layers.fused_moe.router import topk_softmax
@@ -137,23 +138,25 @@ class FusedMoE(nn.Module):
             device=x.device.type,
             kernels=weights is not None and fits(x, weights),
             tiles=weights is not None and fits_grouped(weights.w13, weights.w2),
+            int4=weights is not None and fits_int4(x, weights, self.top_k),
             grouped_matmul=has_grouped_matmul(x.device, x.dtype, self.hidden_size, self.share),
             dense_is_free=self.scheme13.all_is_view and self.scheme2.all_is_view,
         )
         if plan.way == "few":
-            return tensor_model_parallel_all_reduce(moe_few_tokens(x, weights, self.top_k))
+            few = moe_few_tokens_cuda if plan.csrc else moe_few_tokens
+            return tensor_model_parallel_all_reduce(few(x, weights, self.top_k))
         if plan.way == "tiles":
-            pieces = [self._tiles(piece, weights, router, shared, plan.block) for piece in x.split(PIECE)]
+            pieces = [self._tiles(piece, weights, router, shared, plan) for piece in x.split(PIECE)]
             return tensor_model_parallel_all_reduce(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
         chances, experts = topk_softmax(router(x), self.top_k)
         y = tensor_model_parallel_all_reduce(combine(self._choices(x, experts, plan), chances))
         return y if shared is None else y + shared.gate(x).sigmoid() * shared.mlp(x)
 
     def _tiles(
-        self, x: torch.Tensor, weights: MoEWeights, router: Linear, shared: SharedExpert | None, block: int
+        self, x: torch.Tensor, weights: MoEWeights, router: Linear, shared: SharedExpert | None, plan: ExpertsPlan
     ) -> torch.Tensor:
         """x [T, D] -> this rank's part of [T, D], in blocks of one expert's choices."""
-        T, kind = x.shape[0], weights.w13.kind
+        T, kind = x.shape[0], "plain" if plan.csrc else weights.w13.kind  # csrc's kernels read x as it is
         extra = None
         if T <= FRONT_TOKENS and prefers_rows(T, weights):
             logits, hs, xp = front_triton(x.contiguous(), weights, hs_planes=1, xp_planes=PLANES[kind])
@@ -163,8 +166,8 @@ class FusedMoE(nn.Module):
             logits, xp = router(x), by_planes_triton(x.contiguous(), kind)
             if shared is not None:
                 extra = shared.down(shared.mlp.act(shared.mlp.gate_up_proj(x))), shared.gate(x)
-        routed = route(logits, self.num_experts, self.top_k, block)
-        y = experts_triton(xp, routed, weights.w13, weights.w2)
+        routed = route(logits, self.num_experts, self.top_k, plan.block)
+        y = (experts_cuda if plan.csrc else experts_triton)(xp, routed, weights.w13, weights.w2)
         return combine_triton(y, routed.shares, *(extra or ()))
 
     def _choices(self, x: torch.Tensor, experts: torch.Tensor, plan: ExpertsPlan) -> torch.Tensor:
