@@ -204,7 +204,8 @@ __device__ inline void multiply_tiles(float (&out)[kTiles][4], const unsigned ch
           const unsigned b = *reinterpret_cast<const unsigned*>(high + u * 16);
           mma<bf16>(c, nibbles(a, 0), nibbles(b, 0), nibbles(a, 1), nibbles(b, 1), pairs[u][0], pairs[u][1]);
           mma<bf16>(c, nibbles(a, 2), nibbles(b, 2), nibbles(a, 3), nibbles(b, 3), pairs[u][2], pairs[u][3]);
-          sum[0] += sums[u][0], sum[1] += sums[u][1];
+#pragma unroll
+          for (int j = 0; j < 2; ++j) sum[j] = u == group * kShare ? sums[u][j] : sum[j] + sums[u][j];
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {

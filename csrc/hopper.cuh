@@ -33,6 +33,23 @@ __device__ inline unsigned mask_or(unsigned x, unsigned mask, unsigned bits) {
   return y;
 }
 
+// Two bfloat16 at once.
+__device__ inline unsigned sub2(unsigned a, unsigned b) {
+  unsigned c;
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+__device__ inline unsigned mul2(unsigned a, unsigned b) {
+  unsigned c;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+
+// Wait for the others of these threads of a block, which all know each other by this number (1 to 15).
+__device__ inline void sync_threads(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // A block's shared memory beyond what kernels declare.
 __device__ inline unsigned char* dynamic_memory() {
   extern __shared__ __align__(128) unsigned char memory[];

@@ -79,17 +79,6 @@ struct Problem {
 };
 
 #if __CUDA_ARCH__ >= 900
-// Two bfloat16 at once.
-__device__ inline unsigned sub2(unsigned a, unsigned b) {
-  unsigned c;
-  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
-  return c;
-}
-__device__ inline unsigned mul2(unsigned a, unsigned b) {
-  unsigned c;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
-  return c;
-}
 __device__ inline unsigned fma2(unsigned a, unsigned b, unsigned c) {
   unsigned d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));

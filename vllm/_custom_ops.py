@@ -33,6 +33,7 @@ def _load(library: Path) -> str | None:
     torch.library.register_fake("vllm_c::fused_add_rms_norm", lambda x, residual, weight, eps, plus_one: None)
     torch.library.register_fake("vllm_c::gdn_decode", lambda *args, **kwargs: None)
     torch.library.register_fake("vllm_c::skinny_gemm", lambda *args: None)
+    torch.library.register_fake("vllm_c::quantised_gemm", lambda *args: None)
     for name in ("gate_up_token", "gate_up_blocks", "down_token", "down_blocks"):
         torch.library.register_fake(f"vllm_c::experts_{name}", lambda *args: None)
     return None
@@ -141,6 +142,23 @@ def skinny_gemm(
     """
     form = WEIGHT_FORMATS.index(kind)
     torch.ops.vllm_c.skinny_gemm(out, x, weight, scale, zero, row_scale, form, group, scale_rows, ring, late)
+
+
+def quantised_gemm(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    kind: str,
+    group: int,
+    scale_rows: int,
+    ring: int,
+    late: int,
+) -> None:
+    """out [M, N] = x [M, K] @ Wᵀ for up to 32 rows of bfloat16 x and int4, int8 or fp8 weights; the rest as in `skinny_gemm`."""
+    bits = 4 if kind == "int4" else 8
+    torch.ops.vllm_c.quantised_gemm(out, x, weight, scale, zero, bits, group, scale_rows, ring, late)
 
 
 def experts_gate_up_token(

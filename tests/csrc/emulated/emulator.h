@@ -63,7 +63,8 @@ struct Block {
   std::vector<Warp> warps;
   std::unordered_map<const void*, Barrier> barriers;
   std::vector<ucontext_t> fibers;
-  std::vector<int> collectives, syncs;
+  std::vector<int> collectives, syncs, named_syncs;
+  int named[16] = {};
   ucontext_t scheduler;
   int thread = 0;
   int64_t idle = 0;  // turns since anybody got on
@@ -107,7 +108,7 @@ void run(Index grid, int threads, Body body) {
       block = &state;
       state.size = {unsigned(threads), 1, 1}, state.grid = grid, state.at = {x, y, 0};
       state.warps.resize(threads / 32), state.fibers.resize(threads);
-      state.collectives.assign(threads, 0), state.syncs.assign(threads, 0);
+      state.collectives.assign(threads, 0), state.syncs.assign(threads, 0), state.named_syncs.assign(threads, 0);
       state.running = threads;
       std::memset(memory, 0xff, sizeof memory);  // bfloat16 and float NaN
       std::vector<bool> done(threads, false);
@@ -210,6 +211,27 @@ namespace vllm {
 
 inline void wait_for_predecessor() {}
 inline void let_successor_start() {}
+inline void sync_threads(int number, int threads) {
+  emulated::Block& b = *emulated::block;
+  const int turn = ++b.named_syncs[b.thread];
+  int& arrived = b.named[number];
+  ++arrived;
+  emulated::wait_until([&] { return arrived >= turn * threads; });
+}
+template <typename F>
+unsigned both_halves(unsigned a, unsigned b, F f) {
+  const auto half = [&](int shift) {
+    const float result = f(__uint_as_float(a >> shift << 16), __uint_as_float(b >> shift << 16));
+    return unsigned(__bfloat16_as_ushort(__float2bfloat16_rn(result))) << shift;
+  };
+  return half(0) | half(16);
+}
+inline unsigned sub2(unsigned a, unsigned b) {
+  return both_halves(a, b, [](float x, float y) { return x - y; });
+}
+inline unsigned mul2(unsigned a, unsigned b) {
+  return both_halves(a, b, [](float x, float y) { return x * y; });
+}
 inline unsigned mask_or(unsigned x, unsigned mask, unsigned bits) { return (x & mask) | bits; }
 inline unsigned char* dynamic_memory() { return emulated::memory; }
 

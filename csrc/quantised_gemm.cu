@@ -1,0 +1,127 @@
+// y = x W' for a few rows of x and quantised weights; how is told in quantised_gemm.cuh, when in
+// layers/ops/skinny_gemm.py.
+
+#include <algorithm>
+#include <optional>
+
+#include "common.cuh"
+#include "quantised_gemm.cuh"
+
+namespace vllm {
+namespace {
+
+using namespace quantised;
+
+using Kernel = void (*)(bf16*, const bf16*, Problem);
+
+void run(Kernel kernel, int wide, const Tensor& out, const Tensor& x, Problem p, int ring) {
+  const int device = x.get_device_index();
+  int processors = 0, limit = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  cudaFuncAttributes own{};
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&own, kernel));
+  p.stage_bytes = kTile * (kPanel + kPad + p.scale_pitch + p.zero_pitch);
+  const int sums = sum_bytes(wide);
+  const int wanted = std::max(ring, sums + 2 * p.stage_bytes);
+  const int room = std::min(wanted, limit - int(own.sharedSizeBytes)) - sums;
+  p.stages = std::min(kMostStages, room / p.stage_bytes);
+  STD_TORCH_CHECK(p.stages >= 2, "no shared memory for two stages of ", p.stage_bytes, " bytes");
+  const int dynamic = sums + p.stages * p.stage_bytes;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic));
+
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(std::min(processors, (p.N + kTile - 1) / kTile));
+  config.blockDim = dim3((kWarps + 1) * 32);
+  config.dynamicSmemBytes = dynamic;
+  config.stream = current_stream(x);
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<bf16*>(out.data_ptr()),
+                                    static_cast<const bf16*>(x.data_ptr()), p));
+}
+
+void check_rows(const Tensor& t, const char* name, int64_t alignment, const Tensor& like) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.is_cuda() && t.get_device_index() == like.get_device_index() &&
+                      (t.size(1) <= 1 || t.stride(1) == 1),
+                  name, " must be a matrix of contiguous rows on the device of x");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % alignment == 0 &&
+                      (t.size(0) == 1 || t.stride(0) * t.element_size() % alignment == 0),
+                  "rows of ", name, " must begin at multiples of ", alignment, " bytes");
+}
+
+int scale_type(const Tensor& scale) {
+  const ScalarType type = scale.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half || type == ScalarType::Float,
+                  "scales must be bfloat16, float16 or float32");
+  return type == ScalarType::BFloat16 ? 0 : type == ScalarType::Half ? 1 : 2;
+}
+
+void check_scales(Problem& p, Format format, const Tensor& scale, const std::optional<Tensor>& zero, int64_t columns,
+                  int64_t group, int64_t scale_rows) {
+  const int64_t groups = (columns + group - 1) / group;
+  STD_TORCH_CHECK(scale_rows >= 1 && scale.dim() == 2 && scale.stride(1) == 1 &&
+                      scale.size(0) == (p.N + scale_rows - 1) / scale_rows && scale.size(1) == groups,
+                  "scale must hold one number for each ", scale_rows, " x ", group, " of [", p.N, ", ", columns, "]");
+  p.scale = static_cast<const unsigned char*>(scale.data_ptr());
+  p.scale_type = scale_type(scale);
+  p.scale_row = scale.stride(0) * scale.element_size();
+  p.scale_rows = int(scale_rows);
+  if (zero.has_value()) {
+    STD_TORCH_CHECK(format == Format::kInt4 && zero->scalar_type() == ScalarType::Byte && zero->dim() == 2 &&
+                        zero->stride(1) == 1 && zero->size(0) == scale.size(0) && zero->size(1) == groups,
+                    "zero must be uint8 of the scale's shape, with int4");
+    p.zero = static_cast<const unsigned char*>(zero->data_ptr());
+    p.zero_row = zero->stride(0);
+  }
+}
+
+void quantised_gemm(const Tensor out, const Tensor x, const Tensor weight, const Tensor scale,
+                    const std::optional<Tensor> zero, int64_t bits, int64_t group, int64_t scale_rows, int64_t ring,
+                    int64_t late) {
+  STD_TORCH_CHECK(bits == 4 || bits == 8, "weights of ", bits, " bits have no kernel");
+  const bool floats = weight.scalar_type() == ScalarType::Float8_e4m3fn;
+  const Format format = floats ? Format::kFp8 : bits == 4 ? Format::kInt4 : Format::kInt8;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 && out.scalar_type() == ScalarType::BFloat16,
+                  "x and out must be bfloat16");
+  STD_TORCH_CHECK(x.dim() == 2 && out.dim() == 2 && weight.dim() == 2, "x, weight and out must be matrices");
+  STD_TORCH_CHECK(floats || weight.scalar_type() == ScalarType::Int, "weight must be int32 words or float8_e4m3fn");
+  check_rows(x, "x", 16, x);
+  check_rows(out, "out", 2, x);
+  check_rows(weight, "weight", 16, x);
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
+  Problem p{};
+  p.M = int(M), p.N = int(N), p.row_bytes = int(K * bits / 8), p.late = int(late);
+  STD_TORCH_CHECK(weight.size(1) * weight.element_size() == p.row_bytes && p.row_bytes % kChunk == 0, "weight [", N,
+                  ", ", weight.size(1), "] does not hold ", K, " columns of ", bits, " bits in pieces of ", kChunk,
+                  " bytes");
+  STD_TORCH_CHECK(out.size(0) == M && out.size(1) == N && M <= 32 && N < (1 << 30), "out must be [", M, ", ", N,
+                  "], of at most 32 rows");
+  if (M == 0 || N == 0) return;
+  p.x_row = x.stride(0), p.y_row = out.stride(0);
+  p.w = static_cast<const unsigned char*>(weight.data_ptr());
+  p.w_row = weight.stride(0) * weight.element_size();
+  STD_TORCH_CHECK(group >= 1, "groups of ", group, " columns cannot be read");
+  check_scales(p, format, scale, zero, K, group, scale_rows);
+  const Plan plan = plan_scales(p, format, K, group);
+  STD_TORCH_CHECK(plan.share > 0, "groups of ", group, " of ", K, " columns cannot be read");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  int major = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index()));
+  STD_TORCH_CHECK(major >= 9, "the copy engine needs sm_90 or newer");
+  with_kernel(p, format, plan, [&](Kernel kernel, int wide) { run(kernel, wide, out, x, p, int(ring)); });
+}
+
+}  // namespace
+}  // namespace vllm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vllm_c, m) {
+  m.def(
+      "quantised_gemm(Tensor(a!) out, Tensor x, Tensor weight, Tensor scale, Tensor? zero, int bits, int group, "
+      "int scale_rows, int ring, int late) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_c, CUDA, m) { m.impl("quantised_gemm", TORCH_BOX(&vllm::quantised_gemm)); }
