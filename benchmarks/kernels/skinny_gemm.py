@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from benchmarks.kernels.timing import bandwidths, interleaved_us, rounded, write_result
 from vllm import _custom_ops as ops
-from vllm.model_executor.layers.ops.skinny_gemm import skinny_gemm_cuda, skinny_gemm_triton
-from vllm.model_executor.layers.ops.skinny_gemm_plan import DENSE, MAX_ROWS, Plan, ring_fits
+from vllm.model_executor.layers.ops.skinny_gemm import quantised_gemm_cuda, skinny_gemm_cuda, skinny_gemm_triton
+from vllm.model_executor.layers.ops.skinny_gemm_plan import DENSE, MAX_ROWS, Plan, quantised_fits, ring_fits
 from vllm.model_executor.layers.quantization.base import KernelWeight
 
 SHAPES = {
@@ -37,12 +37,23 @@ SHAPES = {
     "9B gate_up": (24576, 4096),
     "9B down": (4096, 12288),
     "9B lm_head": (248320, 4096),
+    "27B gate_up": (34816, 5120),
+    "27B down": (5120, 17408),
 }
 QUANTISED = {"int4": (32, 1), "int8": (1 << 30, 1), "fp8": (128, 128), "fp4": (16, 1)}  # kind -> group, scale_rows
-QUANTISED_SHAPES = ("35B in_proj", "35B out_proj, o_proj", "35B shared gate_up", "9B in_proj")
+QUANTISED_SHAPES = (
+    "35B in_proj",
+    "35B out_proj, o_proj",
+    "35B shared gate_up",
+    "9B in_proj",
+    "27B gate_up",
+    "27B down",
+)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
+CSRC = ("ring", "quantised")
 COLD = 160_000_000  # bytes that leave nothing of themselves in the cache
-RINGS = [Plan("ring", 110, 0), Plan("ring", 110, 99), Plan("ring", 220, 99)]
+RINGS = [(110, 0), (110, 99), (220, 99)]
+"""What is tried of :class:`Plan`'s ring and late."""
 
 
 def random_weight(kind: str, N: int, K: int) -> tuple[KernelWeight, torch.Tensor]:
@@ -88,19 +99,22 @@ def copy(weight: KernelWeight) -> KernelWeight:
 def run(plan: Plan, x: torch.Tensor, weight: KernelWeight) -> torch.Tensor:
     if plan.form == "ring":
         return skinny_gemm_cuda(x, weight, plan=plan)
+    if plan.form == "quantised":
+        return quantised_gemm_cuda(x, weight, plan)
     return (F.linear if plan.form == "dense" else skinny_gemm_triton)(x, weight.values)
 
 
 def plans(kind: str, M: int, K: int, group: int) -> list[Plan]:
-    found = RINGS if M <= MAX_ROWS and ring_fits(M, K, kind, group) else []
+    fits = {"ring": ring_fits(M, K, kind, group), "quantised": quantised_fits(M, K, kind, group)}
+    found = [Plan(form, *ring) for form, can in fits.items() if can for ring in RINGS]
     if kind != "plain":
-        return list(found)
+        return found
     triton = [Plan("vector" if M == 1 else "rows")] if M <= MAX_ROWS and K % 64 == 0 else []
     return [DENSE, *triton, *found]
 
 
 def name(plan: Plan) -> str:
-    return f"ring/{plan.ring}/{plan.late}" if plan.form == "ring" else plan.form
+    return f"{plan.form}/{plan.ring}/{plan.late}" if plan.form in CSRC else plan.form
 
 
 def measure(label: str, kind: str, bandwidth: float, report: Callable[[dict], None]) -> dict[str, dict]:
@@ -127,9 +141,9 @@ def measure(label: str, kind: str, bandwidth: float, report: Callable[[dict], No
         times = interleaved_us(chains, rounds=9)
         best = min(candidates, key=lambda p: times[name(p)])
         if M <= MAX_ROWS:
-            rest = [p for p in candidates if p.form != "ring"] or [DENSE]
+            rest = [p for p in candidates if p.form not in CSRC] or [DENSE]
             otherwise = {"otherwise": min(rest, key=lambda p: times.get(name(p), 0.0)).form} if best not in rest else {}
-            table[str(M)] = (asdict(best) if best.form == "ring" else {"form": best.form}) | otherwise
+            table[str(M)] = (asdict(best) if best.form in CSRC else {"form": best.form}) | otherwise
         moved = size + (N + K) * M * 2
         us = times[name(best)]
         row = {"layer": label, "kind": kind, "shape": [N, K], "rows": M, "best": name(best), "us": us}
@@ -154,11 +168,11 @@ def main() -> None:
     def report(row: dict) -> None:
         results.append(row)
         others = {plan: us for plan, us in row["all_us"].items() if plan != row["best"]}
-        ring = min(((us, plan) for plan, us in others.items() if plan.startswith("ring")), default=None)
-        rest = ", ".join(f"{plan} {us:.2f}" for plan, us in others.items() if not plan.startswith("ring"))
+        csrc = min(((us, plan) for plan, us in others.items() if plan.startswith(CSRC)), default=None)
+        rest = ", ".join(f"{plan} {us:.2f}" for plan, us in others.items() if not plan.startswith(CSRC))
         print(
             f"{row['layer']:>21} {row['kind']:>5} {row['rows']:3} rows: {row['best']:12} {row['us']:7.2f} us, "
-            f"{row['share_of_read']:4.0%} of read; {rest}{f' ({ring[1]} {ring[0]:.2f})' if ring else ''}",
+            f"{row['share_of_read']:4.0%} of read; {rest}{f' ({csrc[1]} {csrc[0]:.2f})' if csrc else ''}",
             flush=True,
         )
 

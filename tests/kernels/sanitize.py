@@ -25,7 +25,7 @@ from vllm.model_executor.layers.fla.ops import (
 from vllm.model_executor.layers.fla.ops.fused_decode import fused_gdn_decode_triton
 from vllm.model_executor.layers.fla.ops.fused_decode_cuda import fused_gdn_decode_cuda
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from vllm.model_executor.layers.ops.skinny_gemm import skinny_gemm_cuda, skinny_gemm_triton
+from vllm.model_executor.layers.ops.skinny_gemm import quantised_gemm_cuda, skinny_gemm_cuda, skinny_gemm_triton
 
 
 def decode(csrc: bool) -> None:
@@ -89,6 +89,9 @@ def projections(csrc: bool) -> None:
         skinny_gemm_cuda(x, torch.randn(1100, columns, device="cuda").bfloat16())
     for form in QUANTISED:
         skinny_gemm_cuda(torch.randn(9, 2048, device="cuda").bfloat16(), quantised(form, 45, 2048))
+    for form, rows in itertools.product([form for form in QUANTISED if form not in ("fp4", "fp8 128")], (1, 9, 20)):
+        for columns in (512, 2048, 5120):
+            quantised_gemm_cuda(torch.randn(rows, columns, device="cuda").bfloat16(), quantised(form, 45, columns))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from tests.kernels.common import TOLERANCE, assert_close
 from vllm import _custom_ops
+from vllm.model_executor.layers.fused_moe.ops.weights import dense
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.ops import skinny_gemm as module
 from vllm.model_executor.layers.ops import skinny_gemm_plan as plan_module
@@ -13,7 +14,9 @@ from vllm.model_executor.layers.ops.skinny_gemm import (
     few_rows,
     plan_of,
     quantised_gemm,
+    quantised_gemm_cuda,
     reads,
+    reads_any_width,
     skinny_gemm,
     skinny_gemm_cuda,
     skinny_gemm_torch,
@@ -25,6 +28,7 @@ from vllm.model_executor.layers.ops.skinny_gemm_plan import (
     MAX_ROWS,
     Plan,
     plan_skinny_gemm,
+    quantised_fits,
     ring_fits,
 )
 from vllm.model_executor.layers.quantization.base import KernelWeight
@@ -115,8 +119,10 @@ def test_the_most_alike_measured_shape_decides(monkeypatch):
         assert plan_skinny_gemm(H200, 1, 4000, 2048, csrc=False) == Plan("vector")
         int4 = lambda *sizes, **more: plan_skinny_gemm(H200, *sizes, "int4", 32, **more)
         assert int4(16, 1000, 2048) == Plan("ring", 110, 0)
-        assert int4(16, 1000, 2048, csrc=False) == int4(17, 1000, 2048) == int4(1, 1000, 4096) == DENSE
+        assert int4(17, 1000, 2048) == int4(1, 1000, 4096) == int4(8, 1000, 5120) == Plan("quantised")  # not measured
+        assert int4(16, 1000, 2048, csrc=False) == int4(1, 1000, 5120, csrc=False) == int4(33, 1000, 2048) == DENSE
         assert plan_skinny_gemm(H200, 1, 1000, 2048, "int4", 48) == DENSE  # no code for this group
+        assert plan_skinny_gemm(H200, 1, 1000, 5120, "fp4", 16) == DENSE
         assert plan_skinny_gemm(H200, 1, 5, 192) == Plan("vector") and plan_skinny_gemm(H200, 1, 5, 100) == DENSE
         assert plan_skinny_gemm(H200, 2, 20000, 192) == Plan("rows") and plan_skinny_gemm(H200, 2, 64, 192) == DENSE
     finally:
@@ -132,6 +138,24 @@ def test_ring_fits():
     assert not ring_fits(1, 2048, "unknown", 32)
 
 
+def test_quantised_fits():
+    assert all(quantised_fits(32, K, "int4", 32) for K in (128, 2048, 2560, 5120, 17408))
+    assert (
+        quantised_fits(1, 5120, "int4", 128)
+        and quantised_fits(1, 5120, "int4", 512)
+        and quantised_fits(1, 640, "int4", 640)
+    )
+    assert not quantised_fits(1, 5120, "int4", 64) and not quantised_fits(1, 5120, "int4", 640)
+    assert not quantised_fits(1, 5152, "int4", 32) and not quantised_fits(33, 2048, "int4", 32)
+    assert (
+        quantised_fits(1, 192, "int8", 32)
+        and quantised_fits(1, 192, "int8", 192)
+        and not quantised_fits(1, 192, "int8", 16)
+    )
+    assert quantised_fits(1, 384, "fp8", 128) and not quantised_fits(1, 384, "fp8", 32)
+    assert not quantised_fits(1, 2048, "fp4", 16) and not quantised_fits(1, 2048, "plain", 0)
+
+
 def test_reads_what_comes_in_pieces_of_16_bytes():
     values = torch.zeros(24, 256, dtype=torch.int32)  # int4 [24, 2048]
     weight = lambda groups, dtype=torch.bfloat16, zero=False: KernelWeight(
@@ -145,6 +169,14 @@ def test_reads_what_comes_in_pieces_of_16_bytes():
     assert not reads(weight(4), 2048) and not reads(weight(8, zero=True), 2048)
     assert not reads(weight(16, torch.float8_e4m3fn), 2048)
     assert not reads(KernelWeight("int4", values[:, 1:-3], weight(64).scale, group=32), 2016)
+    assert (
+        reads_any_width(weight(4))
+        and reads_any_width(weight(8, zero=True))
+        and reads_any_width(weight(4, torch.float16))
+    )
+    assert not reads_any_width(weight(16, torch.float8_e4m3fn))
+    assert not reads_any_width(KernelWeight("int4", values[:, 1:-3], weight(64).scale, group=32))
+    assert not reads_any_width(KernelWeight("int4", values, weight(64).scale, None, 32, 1, torch.ones(24)))
 
 
 # On a GPU
@@ -188,6 +220,23 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 
 QUANTISED = ["int4", "int4 128", "int4 zero", "int8 row", "int8 32", "fp8 row", "fp8 128", "fp8 block", "fp4"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "form", ["int4", "int4 128", "int4 zero", "int8 row", "int8 32", "int8 128", "fp8 row", "fp8 block"]
+)
+@pytest.mark.parametrize("K", [512, 2048, 5120])
+def test_quantised_matches_its_definition(form, K):
+    need_csrc()
+    for N, M in itertools.product((1, 45, 12352), (1, 3, 8, 9, 17, 32)):
+        weight = quantised(form, N, K)
+        if not quantised_fits(M, K, weight.kind, weight.group) or weight.values.shape[0] != N:
+            continue
+        x = torch.randn(M, K, device="cuda").bfloat16()
+        want = x.float() @ dense(weight).T
+        for plan in (Plan("quantised"), Plan("quantised", 220, 99), Plan("quantised", 99, 2)):
+            assert_close(quantised_gemm_cuda(x, weight, plan), want, TOLERANCE[x.dtype], f"{M} x {N}")
 
 
 def quantised(form: str, N: int, K: int, scales: torch.dtype = torch.bfloat16) -> KernelWeight:

@@ -1,8 +1,8 @@
 """``y = x Wᵀ`` for a few rows of x: a decode step's projections, which take as long as their weights take to arrive.
 
 cuBLAS reaches about two thirds of the memory bandwidth on such shapes. Three kernels do better, each somewhere (skinny_gemm_plan.py):
-here a Triton kernel for one row of x and one for several, and csrc/skinny_gemm.cu, which also reads quantised weights. Their launches
-overlap the end of the kernel before: the first weights are on their way while that one still writes x.
+here a Triton kernel for one row of x and one for several, and csrc/skinny_gemm.cu. Quantised weights are read as they are, by the latter or
+by csrc/quantised_gemm.cu. Launches overlap the end of the kernel before: the first weights are on their way while that one still writes x.
 
 Sums are float32 and their order depends on the kernel, not on the other rows of x. So a row's result is the same bit for bit beside any
 neighbours as long as the plan and the padded number of rows (1, 8, 16, 32) are; otherwise it may differ by the last bit.
@@ -155,6 +155,16 @@ def skinny_gemm_cuda(
     return y.view(*x.shape[:-1], N) if out is None else out
 
 
+def quantised_gemm_cuda(x: torch.Tensor, weight: KernelWeight, plan: Plan | None = None) -> torch.Tensor:
+    """csrc/quantised_gemm.cu's form of :func:`quantised_gemm`, for the sizes of `quantised_fits`. Scales are applied in float32."""
+    plan = plan or Plan("quantised")
+    rows = _aligned(x.reshape(-1, x.shape[-1]))
+    y = torch.empty(rows.shape[0], weight.values.shape[0], dtype=x.dtype, device=x.device)
+    of_weight = weight.values, weight.scale, weight.zero, weight.kind, weight.group, weight.scale_rows
+    ops.quantised_gemm(y, rows, *of_weight, plan.ring * 1000, plan.late)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
 def _aligned(rows: torch.Tensor) -> torch.Tensor:
     """The same rows, each beginning at a multiple of 16 bytes."""
     inside = rows.stride(1) == 1 and rows.stride(0) % 8 == 0 and rows.data_ptr() % 16 == 0
@@ -219,10 +229,14 @@ def quantised_gemm(x: torch.Tensor, weight: KernelWeight) -> torch.Tensor | None
     Args:
         x: bfloat16 ``[..., K]``. weight: any format but plain, as kernels read it.
     """
-    if not few_rows(x) or x.dtype != torch.bfloat16 or not reads(weight, x.shape[-1]):
+    if not few_rows(x) or x.dtype != torch.bfloat16:
         return None
     plan = _plan(x, weight.values.shape[0], weight.kind, weight.group)
-    return skinny_gemm_cuda(x, weight, plan=plan) if plan.form == "ring" else None
+    if plan.form == "ring" and reads(weight, x.shape[-1]):
+        return skinny_gemm_cuda(x, weight, plan=plan)
+    if plan.form == "quantised" and reads_any_width(weight):
+        return quantised_gemm_cuda(x, weight, plan)
+    return None
 
 
 def reads(weight: KernelWeight, K: int) -> bool:
@@ -236,6 +250,15 @@ def reads(weight: KernelWeight, K: int) -> bool:
         return False
     groups = min(K, 2048) // weight.group  # of what is copied at once
     return _in_pieces(weight.scale, groups) and (weight.zero is None or _in_pieces(weight.zero, groups))
+
+
+def reads_any_width(weight: KernelWeight) -> bool:
+    """Whether csrc/quantised_gemm.cu can read this weight's rows, scales and zero points."""
+    scales = [part for part in (weight.scale, weight.zero) if part is not None]
+    alike = weight.scale.dtype in (*HALVES, torch.float32) and (weight.zero is None or weight.kind == "int4")
+    return (
+        alike and weight.row_scale is None and _in_pieces(weight.values, 16) and all(s.stride(1) == 1 for s in scales)
+    )
 
 
 def _in_pieces(rows: torch.Tensor, columns: int) -> bool:

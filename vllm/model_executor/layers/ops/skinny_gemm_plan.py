@@ -21,10 +21,10 @@ MAX_ROWS = 32
 class Plan:
     """One way to multiply.
 
-    form: "vector" and "rows" are Triton kernels for one and for several rows of x, "ring" is csrc/skinny_gemm.cu, and "dense"
-        cuBLAS, after dequantisation where the weight is quantised.
-    ring, late: of "ring": kilobytes of shared memory a block may take, and stages it has still to ask for when the next kernel may
-        start.
+    form: "vector" and "rows" are Triton kernels for one and for several rows of x, "ring" is csrc/skinny_gemm.cu, "quantised"
+        csrc/quantised_gemm.cu, and "dense" cuBLAS, after dequantisation where the weight is quantised.
+    ring, late: of csrc's kernels: kilobytes of shared memory a block may take, and stages it has still to ask for when the next kernel
+        may start.
     """
 
     form: str
@@ -54,6 +54,17 @@ def ring_fits(M: int, K: int, kind: str, group: int = 0) -> bool:
     return least <= group <= 512 and group & (group - 1) == 0
 
 
+def quantised_fits(M: int, K: int, kind: str, group: int) -> bool:
+    """Whether csrc/quantised_gemm.cu has code for M rows of x with K columns; arguments as in :func:`ring_fits`."""
+    step = {"int4": 32, "int8": 16, "fp8": 16}.get(kind)
+    if step is None or not 1 <= M <= MAX_ROWS or K % (4 * step):
+        return False
+    if group >= K or group == {"int4": step, "int8": 2 * step}.get(kind):
+        return True
+    chunks = group // (4 * step)
+    return group % (4 * step) == 0 and chunks & (chunks - 1) == 0
+
+
 def plan_skinny_gemm(gpu: str, M: int, N: int, K: int, kind: str = "plain", group: int = 0, csrc: bool = True) -> Plan:
     """The fastest way for M rows of x [M, K] and a weight [N, K].
 
@@ -64,8 +75,8 @@ def plan_skinny_gemm(gpu: str, M: int, N: int, K: int, kind: str = "plain", grou
     if not 1 <= M <= MAX_ROWS:
         return DENSE
     plan, otherwise = _measured(gpu, M, N, K, kind)
-    runs = plan.form != "ring" or (csrc and ring_fits(M, K, kind, group))
-    return plan if runs else otherwise
+    fits = {"ring": ring_fits, "quantised": quantised_fits}.get(plan.form)
+    return plan if fits is None or (csrc and fits(M, K, kind, group)) else otherwise
 
 
 @lru_cache
@@ -82,8 +93,8 @@ def _measured(gpu: str, M: int, N: int, K: int, kind: str) -> tuple[Plan, Plan]:
     rows = shapes[f"{min(alike)[1]}x{K}"] if alike else {}
     measured = [int(m) for m in rows if int(m) >= M]
     if not measured:
-        plan = _unmeasured(M, N, K) if kind == "plain" else DENSE
-        return plan, plan
+        plan = _unmeasured(M, N, K) if kind == "plain" else Plan("quantised")
+        return plan, DENSE if plan.form == "quantised" else plan
     entry = dict(rows[str(min(measured))])
     otherwise = Plan(entry.pop("otherwise", "dense"))
     return Plan(**entry), otherwise
