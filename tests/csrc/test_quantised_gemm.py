@@ -44,6 +44,10 @@ def emulated(x: torch.Tensor, w: KernelWeight, stages: int = 3, blocks: int = 2)
     return y, way
 
 
+def quantised_gemm_reference(x: torch.Tensor, w: KernelWeight) -> torch.Tensor:
+    return x.float() @ dense(w).T
+
+
 def on_gpu(x: torch.Tensor, w: KernelWeight) -> torch.Tensor:
     y = torch.full((x.shape[0], w.values.shape[0]), torch.nan, dtype=torch.bfloat16, device="cuda")
     ops.quantised_gemm(y, x, w.values, w.scale, w.zero, w.kind, w.group, w.scale_rows, 110_000, 0)
@@ -62,7 +66,7 @@ def check(N: int, K: int, M: int, form: str, way: int, dtype: torch.dtype = torc
     else:
         y, came = emulated(x, w, **how)
         assert came == way
-    expected = x.float() @ dense(w).T
+    expected = quantised_gemm_reference(x, w)
     assert torch.isfinite(y).all()
     error = (y.float() - expected).abs().max() / expected.abs().max()
     assert error < 5e-3, error.item()
@@ -130,7 +134,7 @@ def test_sums_of_one_sign():
     """What 128 in every int4 element adds goes away again."""
     w = stored((16, 1024), "int4", torch.bfloat16, "cpu")
     x = (torch.rand(2, 1024) + 1).bfloat16()
-    expected = x.float() @ dense(w).T
+    expected = quantised_gemm_reference(x, w)
     y = (
         on_gpu(x.cuda(), KernelWeight("int4", w.values.cuda(), w.scale.cuda(), None, w.group)).cpu()
         if (torch.cuda.is_available())
