@@ -100,7 +100,7 @@ def run(plan: Plan, x: torch.Tensor, weight: KernelWeight) -> torch.Tensor:
     if plan.form == "ring":
         return skinny_gemm_cuda(x, weight, plan=plan)
     if plan.form == "quantised":
-        return quantised_gemm_cuda(x, weight, plan)
+        return quantised_gemm_cuda(x, weight, plan=plan)
     return (F.linear if plan.form == "dense" else skinny_gemm_triton)(x, weight.values)
 
 

@@ -179,6 +179,25 @@ def test_reads_what_comes_in_pieces_of_16_bytes():
     assert not reads_any_width(KernelWeight("int4", values, weight(64).scale, None, 32, 1, torch.ones(24)))
 
 
+def test_many_rows_are_cut_in_slices(monkeypatch):
+    """Of a size that the kernels take, the last one shorter; x may have any shape."""
+    weight = KernelWeight("int4", torch.zeros(24, 32, dtype=torch.int32), torch.ones(24, 8).bfloat16(), None, 32)
+    taken = []
+
+    def product(x, w, out, plan):
+        taken.append(x.shape[0])
+        out.copy_(x[:, :24] * 2)
+
+    monkeypatch.setattr(module, "few_rows", lambda x, most=MAX_ROWS: x.shape[:-1].numel() <= most)
+    monkeypatch.setattr(module, "_plan", lambda *_: Plan("quantised"))
+    monkeypatch.setattr(module, "quantised_gemm_cuda", product)
+    for shape, sizes in (((5,), [5]), ((2, 35), [32, 32, 6]), ((128,), [32] * 4)):
+        x = torch.randn(*shape, 256).bfloat16()
+        assert torch.equal(quantised_gemm(x, weight), x[..., :24] * 2) and taken == sizes
+        taken.clear()
+    assert quantised_gemm(torch.randn(129, 256).bfloat16(), weight) is None
+
+
 # On a GPU
 
 
@@ -236,7 +255,10 @@ def test_quantised_matches_its_definition(form, K):
         x = torch.randn(M, K, device="cuda").bfloat16()
         want = x.float() @ dense(weight).T
         for plan in (Plan("quantised"), Plan("quantised", 220, 99), Plan("quantised", 99, 2)):
-            assert_close(quantised_gemm_cuda(x, weight, plan), want, TOLERANCE[x.dtype], f"{M} x {N}")
+            assert_close(quantised_gemm_cuda(x, weight, plan=plan), want, TOLERANCE[x.dtype], f"{M} x {N}")
+    x = torch.randn(70, K, device="cuda").bfloat16()
+    y = quantised_gemm(x, weight)
+    assert y is None or assert_close(y, x.float() @ dense(weight).T, TOLERANCE[x.dtype]) is None
 
 
 def quantised(form: str, N: int, K: int, scales: torch.dtype = torch.bfloat16) -> KernelWeight:

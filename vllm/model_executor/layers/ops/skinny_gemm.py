@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 HALVES = (torch.bfloat16, torch.float16)
 
+MOST_SLICED_ROWS = 4 * MAX_ROWS
+"""Rows of x up to which a quantised weight is multiplied slice by slice: it is then read four times, 2 to 4 bytes an element, where a
+dense copy in 16 bits is written and read besides, 4.5 to 5."""
+
 
 @triton.jit
 def _vector_kernel(
@@ -155,14 +159,16 @@ def skinny_gemm_cuda(
     return y.view(*x.shape[:-1], N) if out is None else out
 
 
-def quantised_gemm_cuda(x: torch.Tensor, weight: KernelWeight, plan: Plan | None = None) -> torch.Tensor:
+def quantised_gemm_cuda(
+    x: torch.Tensor, weight: KernelWeight, out: torch.Tensor | None = None, plan: Plan | None = None
+) -> torch.Tensor:
     """csrc/quantised_gemm.cu's form of :func:`quantised_gemm`, for the sizes of `quantised_fits`. Scales are applied in float32."""
-    plan = plan or Plan("quantised")
+    plan, N = plan or Plan("quantised"), weight.values.shape[0]
     rows = _aligned(x.reshape(-1, x.shape[-1]))
-    y = torch.empty(rows.shape[0], weight.values.shape[0], dtype=x.dtype, device=x.device)
+    y = torch.empty(rows.shape[0], N, dtype=x.dtype, device=x.device) if out is None else out.view(-1, N)
     of_weight = weight.values, weight.scale, weight.zero, weight.kind, weight.group, weight.scale_rows
     ops.quantised_gemm(y, rows, *of_weight, plan.ring * 1000, plan.late)
-    return y.view(*x.shape[:-1], y.shape[1])
+    return y.view(*x.shape[:-1], N) if out is None else out
 
 
 def _aligned(rows: torch.Tensor) -> torch.Tensor:
@@ -177,9 +183,9 @@ def skinny_gemm_torch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor |
     return y if out is None else out.copy_(y)
 
 
-def few_rows(x: torch.Tensor) -> bool:
+def few_rows(x: torch.Tensor, most: int = MAX_ROWS) -> bool:
     """Whether x has so few rows, on a GPU, that a kernel of this file may be faster than cuBLAS. torch.compile sees cuBLAS alone."""
-    return x.is_cuda and 0 < x.numel() <= MAX_ROWS * x.shape[-1] and not torch.compiler.is_compiling()
+    return x.is_cuda and 0 < x.numel() <= most * x.shape[-1] and not torch.compiler.is_compiling()
 
 
 @lru_cache
@@ -229,14 +235,21 @@ def quantised_gemm(x: torch.Tensor, weight: KernelWeight) -> torch.Tensor | None
     Args:
         x: bfloat16 ``[..., K]``. weight: any format but plain, as kernels read it.
     """
-    if not few_rows(x) or x.dtype != torch.bfloat16:
+    N, K = weight.values.shape[0], x.shape[-1]
+    if not few_rows(x, MOST_SLICED_ROWS) or x.dtype != torch.bfloat16:
         return None
-    plan = _plan(x, weight.values.shape[0], weight.kind, weight.group)
-    if plan.form == "ring" and reads(weight, x.shape[-1]):
-        return skinny_gemm_cuda(x, weight, plan=plan)
-    if plan.form == "quantised" and reads_any_width(weight):
-        return quantised_gemm_cuda(x, weight, plan)
-    return None
+    slices = x.reshape(-1, K).split(MAX_ROWS)
+    plan = _plan(slices[0], N, weight.kind, weight.group)
+    if plan.form == "ring" and reads(weight, K):
+        form = skinny_gemm_cuda
+    elif plan.form == "quantised" and reads_any_width(weight):
+        form = quantised_gemm_cuda
+    else:
+        return None
+    y = torch.empty(x.numel() // K, N, dtype=x.dtype, device=x.device)
+    for piece, out in zip(slices, y.split(MAX_ROWS), strict=True):
+        form(piece, weight, out, plan)
+    return y.view(*x.shape[:-1], N)
 
 
 def reads(weight: KernelWeight, K: int) -> bool:

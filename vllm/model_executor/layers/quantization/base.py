@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm.config.quantization import WeightFormat
-from vllm.model_executor.layers.ops.skinny_gemm import few_rows, quantised_gemm
+from vllm.model_executor.layers.ops.skinny_gemm import MOST_SLICED_ROWS, few_rows, quantised_gemm
 from vllm.model_executor.parameter import Slot, Source
 
 
@@ -111,7 +111,7 @@ class WeightScheme(ABC):
 
     def apply(self, layer: nn.Module, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         """x [..., columns] @ W[rows]ᵀ -> [..., rows]; dense copies of W are made for many rows of x only, where a kernel reads the format."""
-        weight = self.kernel_weight(layer, "", rows) if few_rows(x) else None
+        weight = self.kernel_weight(layer, "", rows) if few_rows(x, MOST_SLICED_ROWS) else None
         y = None if weight is None else quantised_gemm(x, weight)
         return F.linear(x, self.all(layer, "", rows)) if y is None else y
 
