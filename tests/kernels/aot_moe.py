@@ -31,7 +31,7 @@ CASES = {
     "35b-plain": ("35b", "plain"),
     "35b-fp8": ("35b", "fp8 block"),
     "122b-int4": ("122b", "int4 zero"),
-    "next-fp4": ("next", "fp4"),
+    "next-fp4": ("next", "fp4 nv"),
     "next-int8": ("next", "int8 row"),
 }
 

@@ -5,16 +5,17 @@ import torch
 from vllm.model_executor.layers.fused_moe.ops.weights import MoEWeights
 from vllm.model_executor.layers.quantization.base import KernelWeight
 
-FORMS = ("plain", "int4", "int4 zero", "int4 128", "int8 row", "fp8", "fp8 block", "fp4")
+FORMS = ("plain", "int4", "int4 zero", "int4 128", "int8 row", "fp8", "fp8 block", "fp4", "fp4 nv")
 
 
 def stored(shape: tuple[int, ...], form: str, dtype: torch.dtype, device: str) -> KernelWeight:
-    """W of about unit gain. Forms: kind, then "zero" (stored zero points), a group size, "row" (one scale a row), "block" (64 x 64)."""
+    """W of about unit gain. Forms: kind, then "zero" (stored zero points), a group size, "row" (one scale a row), "block" (64 x 64),
+    "nv" (scales in e4m3 and a factor a row)."""
     *stack, N, K = shape
     kind, _, extra = form.partition(" ")
     if kind == "plain":
         return KernelWeight("plain", (torch.randn(*stack, N, K) * K**-0.5).to(device, dtype))
-    group = {"row": K, "block": 64, "zero": 32, "": 32 if kind != "fp4" else 16}.get(extra) or int(extra)
+    group = {"row": K, "block": 64, "zero": 32, "nv": 16, "": 32 if kind != "fp4" else 16}.get(extra) or int(extra)
     group, scale_rows = min(group, K), 64 if extra == "block" else 1
     bits = {"int4": 4, "int8": 8}.get(kind)
     if bits:
@@ -28,6 +29,10 @@ def stored(shape: tuple[int, ...], form: str, dtype: torch.dtype, device: str) -
     scale = (torch.rand(scales) + 0.5) * K**-0.5 / deviation
     zero = torch.randint(0, 2**bits, scales, dtype=torch.uint8) if extra == "zero" else None
     scale = scale.to(device, torch.float32 if kind == "fp4" else dtype)
+    if extra == "nv":
+        factor = (torch.rand(*stack, N) + 0.5).to(device)
+        scale = (scale * K**0.5).to(torch.float8_e4m3fn)
+        return KernelWeight(kind, values.to(device), scale, None, group, 1, factor * K**-0.5)
     return KernelWeight(
         kind, values.to(device), scale, zero.to(device) if zero is not None else None, group, scale_rows
     )

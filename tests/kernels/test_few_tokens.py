@@ -26,7 +26,7 @@ def test_every_stored_form(device, form, T):
     assert_close(moe_few_tokens_triton(x, weights, 2), moe_few_tokens_torch(x, weights, 2), TOLERANCE[x.dtype])
 
 
-@pytest.mark.parametrize("shared", ["int4", "int4 zero", "fp8 block", "int8 row", "fp4"])
+@pytest.mark.parametrize("shared", ["int4", "int4 zero", "fp8 block", "int8 row", "fp4", "fp4 nv"])
 def test_a_stored_shared_expert(device, shared):
     weights = layer(8, 128, 64, 64, "int4", torch.float16, device, shared)
     x = spread(2, 128, device, torch.float16)

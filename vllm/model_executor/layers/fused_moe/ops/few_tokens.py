@@ -50,6 +50,7 @@ def _gate_up_kernel(
     w13,
     w13_scale,
     w13_zero,
+    w13_factor,
     h,
     chosen,
     E,
@@ -97,7 +98,10 @@ def _gate_up_kernel(
         shift, total = plane_sums(xs, P, W13_KIND, w13_zero is not None)
         g += tile_products(w_gate, s_gate, z_gate, xs, shift, total, P, W13_KIND, BG, w13_zero is not None)
         u += tile_products(w_up, s_up, z_up, xs, shift, total, P, W13_KIND, BG, w13_zero is not None)
-    y = swiglu(tl.sum(g, axis=1), tl.sum(u, axis=1))
+    gate, up = tl.sum(g, axis=1), tl.sum(u, axis=1)
+    if w13_factor is not None:
+        gate, up = gate * tl.load(w13_factor + row), up * tl.load(w13_factor + row + I)
+    y = swiglu(gate, up)
     at_h = h + choice * I + (n % H_PLANES) * (I // H_PLANES) + n // H_PLANES
     tl.store(at_h, y.to(h.dtype.element_ty), mask=n < I)
 
@@ -111,9 +115,11 @@ def _down_kernel(
     w2,
     w2_scale,
     w2_zero,
+    w2_factor,
     s2,
     s2_scale,
     s2_zero,
+    s2_factor,
     y,
     E,
     D,
@@ -193,6 +199,9 @@ def _down_kernel(
         hp = load_planes(at_h + w0, W2_WORDS, keep, I // W2_WORDS)
         shift, total = plane_sums(hp, I // W2_WORDS, W2_KIND, w2_zero is not None)
         acc += tile_products(w, ws, wz, hp, shift, total, I // W2_WORDS, W2_KIND, KP * BG, w2_zero is not None)
+    if w2_factor is not None:
+        at_factor = experts_g.to(tl.int64)[None, :] * D + row[:, None]
+        acc *= tl.load(w2_factor + at_factor, mask=(sg < TOP_K)[None, :], other=0.0)
     out = tl.sum(acc * share[None, :], axis=1)
     if s2 is not None:
         SG: tl.constexpr = groups_of(S2_GROUP, BS)
@@ -200,7 +209,10 @@ def _down_kernel(
         shift, total = plane_sums(hp, S // S2_WORDS, S2_KIND, s2_zero is not None)
         ys = tile_products(v, vs, vz, hp, shift, total, S // S2_WORDS, S2_KIND, SG, s2_zero is not None)
         g = tl.load(logits + t * (E + 1) + E)
-        out += tl.sum(ys, axis=1) / (1.0 + tl.exp(-g))
+        ys = tl.sum(ys, axis=1)
+        if s2_factor is not None:
+            ys *= tl.load(s2_factor + row)
+        out += ys / (1.0 + tl.exp(-g))
     tl.store(y + t * D + n, out.to(y.dtype.element_ty), mask=n < D)
 
 

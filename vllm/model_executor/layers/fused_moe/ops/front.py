@@ -48,6 +48,7 @@ def _front_kernel(
     s13,
     s13_scale,
     s13_zero,
+    s13_factor,
     logits,
     hs,
     xp,
@@ -101,12 +102,15 @@ def _front_kernel(
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
+        gate_factor, up_factor = 1.0, 1.0
+        if s13_factor is not None:
+            gate_factor, up_factor = tl.load(s13_factor + row), tl.load(s13_factor + row + S)
         for t in range(T):
             xs = load_planes(x + t * D + P * c, 1, c < S13_WORDS, P)
             shift, total = plane_sums(xs, P, S13_KIND, s13_zero is not None)
             g = tile_products(w_gate, s_gate, z_gate, xs, shift, total, P, S13_KIND, BG, s13_zero is not None)
             u = tile_products(w_up, s_up, z_up, xs, shift, total, P, S13_KIND, BG, s13_zero is not None)
-            y = swiglu(tl.sum(g, axis=1), tl.sum(u, axis=1))
+            y = swiglu(tl.sum(g, axis=1) * gate_factor, tl.sum(u, axis=1) * up_factor)
             at_h = hs + t * S + (n % HS_PLANES) * (S // HS_PLANES) + n // HS_PLANES
             tl.store(at_h, y.to(hs.dtype.element_ty), mask=n < S)
     else:

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.fla.ops.device import INTERPRETED, dot
 from vllm.model_executor.layers.fused_moe.ops.route import Routed
 from vllm.model_executor.layers.fused_moe.ops.weights import (
     PLANES,
+    as_scale,
     dense,
     element,
     groups_of,
@@ -93,9 +94,9 @@ def _load_words(
     if GROUP > 0:
         g = w0 // GROUP + tl.arange(0, groups_of(GROUP, BW))
         at = (row // SCALE_ROWS)[:, None] * (WORDS // GROUP) + g[None, :]
-        s = tl.load(scale + at)
+        s = as_scale(tl.load(scale + at))
         # the kernels' 16 bits hold a scale of theirs exactly; float32 scales are applied in float32
-        s = _spread(s.to(DTYPE) if KIND == "int4" else s.to(tl.float32), GROUP, BW)
+        s = _spread(s.to(DTYPE) if KIND == "int4" else s, GROUP, BW)
         if zero is not None:
             z = _spread(tl.load(zero + at).to(DTYPE), GROUP, BW)
     if KIND == "int4" and not INTERPRETED:
@@ -117,6 +118,7 @@ def _grouped_gate_up_kernel(
     w13,
     w13_scale,
     w13_zero,
+    w13_factor,
     h,
     I,
     TOP_K: tl.constexpr,
@@ -164,6 +166,9 @@ def _grouped_gate_up_kernel(
             x_i = tl.trans(tl.load(at_x + i * W13_WORDS + w0))
             gate += dot(_plane(a, al, ah, sa, za, i, W13_KIND, w13_zero is not None, DTYPE), x_i)
             up += dot(_plane(b, bl, bh, sb, zb, i, W13_KIND, w13_zero is not None, DTYPE), x_i)
+    if w13_factor is not None:
+        gate *= tl.load(w13_factor + row)[:, None]
+        up *= tl.load(w13_factor + row + I)[:, None]
     y = swiglu(gate, up)
     at = n % H_PLANES * (I // H_PLANES) + n // H_PLANES
     tl.store(
@@ -180,6 +185,7 @@ def _grouped_down_kernel(
     w2,
     w2_scale,
     w2_zero,
+    w2_factor,
     y,
     D,
     I: tl.constexpr,
@@ -216,6 +222,8 @@ def _grouped_down_kernel(
         for i in tl.static_range(I // W2_WORDS):
             h_i = tl.trans(tl.load(at_h + i * W2_WORDS + w0))
             acc += dot(_plane(a, al, ah, sa, za, i, W2_KIND, w2_zero is not None, DTYPE), h_i)
+    if w2_factor is not None:
+        acc *= tl.load(w2_factor + row)[:, None]
     tl.store(y + choice[None, :] * D + n[:, None], acc.to(DTYPE), mask=(m < rows)[None, :] & (n < D)[:, None])
 
 

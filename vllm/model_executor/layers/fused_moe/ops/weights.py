@@ -53,12 +53,13 @@ def fits(x: torch.Tensor, weights: MoEWeights) -> bool:
 
 
 def regular(weight: KernelWeight) -> bool:
-    """Whether rows are whole groups of whole words, a group a power of two of words unless it is the row, and scales plain factors."""
+    """Whether rows are whole groups of whole words, and a group is a power of two of words unless it is the row."""
     rows, words = weight.values.shape[-2:]
     planes = PLANES[weight.kind]
     if weight.scale is None:
         return True
-    if weight.row_scale is not None or weight.scale.dtype not in (*SIXTEEN_BIT, torch.float32):
+    short = weight.kind == "fp4" and weight.scale.dtype == torch.float8_e4m3fn
+    if not short and weight.scale.dtype not in (*SIXTEEN_BIT, torch.float32):
         return False
     group = min(weight.group, words * planes)
     if group % planes or words * planes % group or (weight.values.dim() > 2 and rows % weight.scale_rows):
@@ -71,11 +72,15 @@ def operands(weight: KernelWeight, name: str) -> dict[str, object]:
     """Arguments of a kernel that reads `weight` under this name."""
     words, planes = weight.values.shape[-1], PLANES[weight.kind]
     group = 0 if weight.scale is None else min(weight.group, words * planes) // planes
-    scale = None if weight.scale is None else weight.scale.contiguous()
+    scale, zero, row_scale = (
+        None if part is None else _bytes_of_fp8(part.contiguous())
+        for part in (weight.scale, weight.zero, weight.row_scale)
+    )
     return {
-        name: weight.values.view(torch.uint8) if weight.kind == "fp8" else weight.values,
+        name: _bytes_of_fp8(weight.values),
         f"{name}_scale": scale,
-        f"{name}_zero": None if weight.zero is None else weight.zero.contiguous(),
+        f"{name}_zero": zero,
+        f"{name}_factor": row_scale,
         f"{name.upper()}_KIND": weight.kind,
         f"{name.upper()}_WORDS": words,
         f"{name.upper()}_GROUP": group,  # in words; 0: no scales
@@ -83,9 +88,14 @@ def operands(weight: KernelWeight, name: str) -> dict[str, object]:
     }
 
 
+def _bytes_of_fp8(tensor: torch.Tensor) -> torch.Tensor:
+    """Floats of 8 bits as bytes, which kernels load and then take for floats."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
 def absent(name: str, words: int) -> dict[str, object]:
     """`operands` of a matrix that is not there."""
-    pointers = dict.fromkeys((name, f"{name}_scale", f"{name}_zero"))
+    pointers = dict.fromkeys((name, f"{name}_scale", f"{name}_zero", f"{name}_factor"))
     upper = name.upper()
     return pointers | {f"{upper}_KIND": "", f"{upper}_WORDS": words, f"{upper}_GROUP": 0, f"{upper}_SCALE_ROWS": 1}
 
@@ -116,7 +126,8 @@ def dense(weight: KernelWeight, dtype: torch.dtype = torch.float32) -> torch.Ten
     columns = torch.arange(q.shape[-1], device=q.device) // weight.group
     if weight.zero is not None:
         zero = weight.zero.float()[..., rows, :][..., columns]
-    return ((q - zero) * weight.scale.float()[..., rows, :][..., columns]).to(dtype)
+    w = (q - zero) * weight.scale.float()[..., rows, :][..., columns]
+    return (w if weight.row_scale is None else w * weight.row_scale[..., None]).to(dtype)
 
 
 @triton.jit
@@ -193,12 +204,21 @@ def row_tile(row, w0, WORDS: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.c
 
 
 @triton.jit
+def as_scale(s):
+    """Loaded scales in float32; bytes are floats of 8 bits."""
+    if s.dtype == tl.uint8:
+        return s.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        return s.to(tl.float32)
+
+
+@triton.jit
 def load_tile(values, scale, zero, at, keep, at_scale, keep_scale, GROUP: tl.constexpr):
     """Words [BN, BW], their scales and zeros in float32 [BN, BG]; anything in place of those where there are none."""
     w = tl.load(values + at, mask=keep, other=0)
     s, z = w, w
     if GROUP > 0:
-        s = tl.load(scale + at_scale, mask=keep_scale, other=0.0).to(tl.float32)
+        s = as_scale(tl.load(scale + at_scale, mask=keep_scale, other=0))
     if zero is not None:
         z = tl.load(zero + at_scale, mask=keep_scale, other=0).to(tl.float32)
     return w, s, z
