@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kRows / kPasses * kGroup) gdn_decode_kernel(co
     if (slot >= 0) {
       const char* from = reinterpret_cast<const char*>(static_cast<const S*>(p.state) + slot * p.state_slot + tile);
       for (int line = thread; line < int(kRows * kDim * sizeof(S) / 128); line += kThreads) {
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(from + line * 128));
+        prefetch(from + line * 128);
       }
     }
   }

@@ -44,11 +44,22 @@ __device__ inline unsigned mul2(unsigned a, unsigned b) {
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
   return c;
 }
+__device__ inline unsigned fma2(unsigned a, unsigned b, unsigned c) {
+  unsigned d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
 
 // Wait for the others of these threads of a block, which all know each other by this number (1 to 15).
 __device__ inline void sync_threads(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
+
+// What the compiler has made of x before is no longer x's: it may not keep it in registers beside it.
+__device__ inline void unmade(unsigned& x) { asm volatile("" : "+r"(x)); }
+
+// Fetches a line of global memory towards the chip. Nobody has to wait for it.
+__device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // A block's shared memory beyond what kernels declare.
 __device__ inline unsigned char* dynamic_memory() {

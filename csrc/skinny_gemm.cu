@@ -3,24 +3,26 @@
 #include <algorithm>
 #include <optional>
 
+#include "common.cuh"
 #include "skinny_gemm.cuh"
 
 namespace vllm {
 namespace {
 
 using skinny::Cut;
+using skinny::Fold;
 using skinny::Format;
 using skinny::Problem;
 using skinny::Scaling;
 
-template <typename T, Format kFormat, Scaling kScaling, int kXTiles, int kPanel, int kPanels>
+template <typename T, Format kFormat, Scaling kScaling, int kXTiles, int kPanel, int kPanels, Fold kFold>
 void run(const Tensor& out, const Tensor& x, Problem p, int ring) {
   using C = Cut<kFormat, kXTiles, kPanel, kPanels>;
   const int device = x.get_device_index();
   int processors = 0, limit = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const auto kernel = skinny::skinny_gemm_kernel<T, kFormat, kScaling, kXTiles, kPanel, kPanels>;
+  const auto kernel = skinny::skinny_gemm_kernel<T, kFormat, kScaling, kXTiles, kPanel, kPanels, kFold>;
   cudaFuncAttributes own{};
   STD_CUDA_CHECK(cudaFuncGetAttributes(&own, kernel));
   int groups = 0;
@@ -52,24 +54,24 @@ void run(const Tensor& out, const Tensor& x, Problem p, int ring) {
       cudaLaunchKernelEx(&config, kernel, static_cast<T*>(out.data_ptr()), static_cast<const T*>(x.data_ptr()), p));
 }
 
-template <typename T, Format kFormat, Scaling kScaling, int kPanel, int kPanels>
+template <typename T, Format kFormat, Scaling kScaling, Fold kFold, int kPanel, int kPanels>
 void run_rows(const Tensor& out, const Tensor& x, const Problem& p, int ring) {
-  if (p.M <= 8) return run<T, kFormat, kScaling, 1, kPanel, kPanels>(out, x, p, ring);
-  if (p.M <= 16) return run<T, kFormat, kScaling, 2, kPanel, kPanels>(out, x, p, ring);
-  if constexpr (kPanels == 1) return run<T, kFormat, kScaling, 4, kPanel, kPanels>(out, x, p, ring);
+  if (p.M <= 8) return run<T, kFormat, kScaling, 1, kPanel, kPanels, kFold>(out, x, p, ring);
+  if (p.M <= 16) return run<T, kFormat, kScaling, 2, kPanel, kPanels, kFold>(out, x, p, ring);
+  if constexpr (kPanels == 1) return run<T, kFormat, kScaling, 4, kPanel, kPanels, kFold>(out, x, p, ring);
   STD_TORCH_CHECK(false, "needs at most 16 rows of x with ", kPanel * kPanels, " columns, got ", p.M);
 }
 
-template <typename T, Format kFormat, Scaling kScaling>
+template <typename T, Format kFormat, Scaling kScaling, Fold kFold = Fold::kNone>
 void run_columns(const Tensor& out, const Tensor& x, const Problem& p, int ring) {
   switch (x.size(1)) {
     case 512:  // too few for the warps where 16 bytes are 32 columns
-      if constexpr (skinny::bits_of(kFormat) > 4) return run_rows<T, kFormat, kScaling, 512, 1>(out, x, p, ring);
+      if constexpr (skinny::bits_of(kFormat) > 4) return run_rows<T, kFormat, kScaling, kFold, 512, 1>(out, x, p, ring);
       break;
     case 2048:
-      return run_rows<T, kFormat, kScaling, 2048, 1>(out, x, p, ring);
+      return run_rows<T, kFormat, kScaling, kFold, 2048, 1>(out, x, p, ring);
     case 4096:
-      return run_rows<T, kFormat, kScaling, 2048, 2>(out, x, p, ring);
+      return run_rows<T, kFormat, kScaling, kFold, 2048, 2>(out, x, p, ring);
   }
   STD_TORCH_CHECK(false, "takes 512 (8 bits and more), 2048 or 4096 columns, got ", x.size(1));
 }
@@ -140,15 +142,10 @@ void describe_scales(Problem& p, Format format, const Tensor& scale, const std::
   if (format == Format::kFp8 || format == Format::kFp4) p.lift = skinny::kLift;
 }
 
-void skinny_gemm(const Tensor out, const Tensor x, const Tensor weight, const std::optional<Tensor> scale,
-                 const std::optional<Tensor> zero, const std::optional<Tensor> row_scale, int64_t format, int64_t group,
-                 int64_t scale_rows, int64_t ring, int64_t late) {
+// Checks what every form of the product asks for. out.size(0) or out.size(1) may be 0: then there is nothing to do.
+Problem describe(const Tensor& out, const Tensor& x, const Tensor& weight, Format kind, int64_t late) {
   const ScalarType type = x.scalar_type();
-  const Format kind = Format(format);
   const bool plain = kind == Format::kPlain;
-  STD_TORCH_CHECK(format >= 0 && format <= int64_t(Format::kFp4), "no format ", format);
-  STD_TORCH_CHECK(type == ScalarType::BFloat16 || (plain && type == ScalarType::Half),
-                  "x must be bfloat16, or float16 with plain weights");
   STD_TORCH_CHECK(x.dim() == 2 && out.dim() == 2 && weight.dim() == 2, "x, weight and out must be matrices");
   check_rows(x, "x", 16, x);
   check_rows(out, "out", 2, x);
@@ -159,8 +156,9 @@ void skinny_gemm(const Tensor out, const Tensor x, const Tensor weight, const st
                   "] in the dtype of x");
   STD_TORCH_CHECK(M <= 32 && N < (1 << 30), "needs at most 32 rows of x, got ", M);
   check_rows(weight, "weight", 16, x);
-  if (M == 0 || N == 0) return;
-
+  int major = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index()));
+  STD_TORCH_CHECK(major >= 9, "the copy engine needs sm_90 or newer");
   Problem p{};
   p.M = int(M);
   p.N = int(N);
@@ -171,14 +169,25 @@ void skinny_gemm(const Tensor out, const Tensor x, const Tensor weight, const st
   p.w_row = weight.stride(0) * weight.element_size();
   p.scale_rows = 1;
   p.lift = 1.f;
+  return p;
+}
+
+void skinny_gemm(const Tensor out, const Tensor x, const Tensor weight, const std::optional<Tensor> scale,
+                 const std::optional<Tensor> zero, const std::optional<Tensor> row_scale, int64_t format, int64_t group,
+                 int64_t scale_rows, int64_t ring, int64_t late) {
+  const ScalarType type = x.scalar_type();
+  const Format kind = Format(format);
+  const bool plain = kind == Format::kPlain;
+  STD_TORCH_CHECK(format >= 0 && format <= int64_t(Format::kFp4), "no format ", format);
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || (plain && type == ScalarType::Half),
+                  "x must be bfloat16, or float16 with plain weights");
+  Problem p = describe(out, x, weight, kind, late);
+  if (p.M == 0 || p.N == 0) return;
   if (!plain) {
     STD_TORCH_CHECK(scale.has_value(), "quantised weights have a scale");
     describe_scales(p, kind, *scale, zero, row_scale, group, scale_rows, x);
   }
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  int major = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index()));
-  STD_TORCH_CHECK(major >= 9, "the copy engine needs sm_90 or newer");
   using bf16 = __nv_bfloat16;
   const bool grouped = p.scale != nullptr, exact = p.scale_type == 1 || p.scale_type == 2;
   switch (kind) {
@@ -201,6 +210,30 @@ void skinny_gemm(const Tensor out, const Tensor x, const Tensor weight, const st
   }
 }
 
+void skinny_gemm_norm(const Tensor out, const Tensor x, const Tensor weight, const Tensor norm, double eps,
+                      bool plus_one, int64_t ring, int64_t late) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "x must be bfloat16");
+  Problem p = describe(out, x, weight, Format::kPlain, late);
+  STD_TORCH_CHECK(norm.dim() == 1 && norm.size(0) == x.size(1) && norm.is_contiguous() && aligned16(norm.data_ptr()) &&
+                      norm.scalar_type() == ScalarType::BFloat16 && norm.is_cuda() &&
+                      norm.get_device_index() == x.get_device_index(),
+                  "the norm's weight must be ", x.size(1), " bfloat16 side by side on the device of x");
+  if (p.M == 0 || p.N == 0) return;
+  p.norm = norm.data_ptr();
+  p.norm_eps = float(eps);
+  p.norm_offset = plus_one ? 1.f : 0.f;
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  run_columns<__nv_bfloat16, Format::kPlain, Scaling::kRow, Fold::kNorm>(out, x, p, int(ring));
+}
+
+void skinny_gemm_add(const Tensor sum, const Tensor x, const Tensor weight, int64_t ring, int64_t late) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "x must be bfloat16");
+  const Problem p = describe(sum, x, weight, Format::kPlain, late);
+  if (p.M == 0 || p.N == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  run_columns<__nv_bfloat16, Format::kPlain, Scaling::kRow, Fold::kAdd>(sum, x, p, int(ring));
+}
+
 }  // namespace
 }  // namespace vllm
 
@@ -208,6 +241,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_c, m) {
   m.def(
       "skinny_gemm(Tensor(a!) out, Tensor x, Tensor weight, Tensor? scale, Tensor? zero, Tensor? row_scale, "
       "int format, int group, int scale_rows, int ring, int late) -> ()");
+  m.def(
+      "skinny_gemm_norm(Tensor(a!) out, Tensor x, Tensor weight, Tensor norm, float eps, bool plus_one, int ring, "
+      "int late) -> ()");
+  m.def("skinny_gemm_add(Tensor(a!) sum, Tensor x, Tensor weight, int ring, int late) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vllm_c, CUDA, m) { m.impl("skinny_gemm", TORCH_BOX(&vllm::skinny_gemm)); }
+STABLE_TORCH_LIBRARY_IMPL(vllm_c, CUDA, m) {
+  m.impl("skinny_gemm", TORCH_BOX(&vllm::skinny_gemm));
+  m.impl("skinny_gemm_norm", TORCH_BOX(&vllm::skinny_gemm_norm));
+  m.impl("skinny_gemm_add", TORCH_BOX(&vllm::skinny_gemm_add));
+}

@@ -10,6 +10,10 @@
 // 8-column one. Quantised elements turn into bfloat16 in registers, in an order that takes few instructions; x is put
 // into the same order once.
 //
+// What stands around a projection in a layer can be part of it, for plain weights. An RMS norm in front of it: the
+// warps add up the squares of their parts of x and exchange them once, while the first weights arrive. The add behind
+// it: the outputs are added to what is there, fetched a tile ahead. Both round as kernels of their own would.
+//
 // There are two warps to a scheduler and hundreds of cycles to a tile, so what a tile costs is the length of its chain
 // of instructions: all sizes but the rows' number are template parameters, and loops over tiles have no division in
 // them.
@@ -17,7 +21,8 @@
 
 #include <cuda_fp8.h>
 
-#include "common.cuh"
+#include "hopper.cuh"
+#include "values.cuh"
 
 #pragma nv_diag_suppress 177  // for sm_80, which has no copy engine, the kernel is empty and its helpers unused
 
@@ -61,6 +66,9 @@ __host__ __device__ constexpr float lost(Format format) {
 // Where the scales are and how exact they are.
 enum class Scaling : int { kRow, kShort, kExact };  // of whole rows only; of groups: bfloat16 holds them, or does not
 
+// What is folded into a product.
+enum class Fold : int { kNone, kNorm, kAdd };
+
 struct Problem {
   int M, N;
   int stages, stage_bytes;
@@ -75,15 +83,12 @@ struct Problem {
   const unsigned char* row_scales;  // of whole rows, applied to the sums; or null
   int64_t row_scale_row;            // bytes
   int row_scale_rows, row_scale_type;
-  float lift;  // factor that makes good for the small numbers that 8- and 4-bit floats become
+  float lift;        // factor that makes good for the small numbers that 8- and 4-bit floats become
+  const void* norm;  // weight of the norm, one element of x's type a column; its factor is norm_offset larger
+  float norm_eps, norm_offset;
 };
 
 #if __CUDA_ARCH__ >= 900
-__device__ inline unsigned fma2(unsigned a, unsigned b, unsigned c) {
-  unsigned d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
 __device__ inline unsigned twice(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)) * 0x10001u; }
 
 __device__ inline float read_scale(const unsigned char* scale, int index, int type) {
@@ -151,9 +156,27 @@ __device__ inline void x_pairs(const uint4& x, unsigned* pairs) {  // of eight e
     pairs[2] = __byte_perm(x.y, x.w, 0x5410), pairs[3] = __byte_perm(x.y, x.w, 0x7632);
   }
 }
+
+// sum and the squares of two elements.
+template <typename T>
+__device__ inline float add_squares(float sum, unsigned pair) {
+  const auto two = *reinterpret_cast<const Pack<T, 2>*>(&pair);
+  const float low = to_float(two.v[0]), high = to_float(two.v[1]);
+  return fmaf(high, high, fmaf(low, low, sum));
+}
+
+// Two elements times `inverse` and each its factor.
+template <typename T>
+__device__ inline unsigned scaled(unsigned pair, unsigned weights, float inverse, float offset) {
+  auto two = *reinterpret_cast<const Pack<T, 2>*>(&pair);
+  const auto w = *reinterpret_cast<const Pack<T, 2>*>(&weights);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) two.v[i] = from_float<T>(to_float(two.v[i]) * inverse * (to_float(w.v[i]) + offset));
+  return *reinterpret_cast<const unsigned*>(&two);
+}
 #endif
 
-template <typename T, Format kFormat, Scaling kScaling, int kXTiles, int kPanel, int kPanels>
+template <typename T, Format kFormat, Scaling kScaling, int kXTiles, int kPanel, int kPanels, Fold kFold>
 __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThreads),
                                   (Cut<kFormat, kXTiles, kPanel, kPanels>::kWarps <= 8 ? 2 : 1))
     skinny_gemm_kernel(T* y, const T* x, const __grid_constant__ Problem p) {
@@ -162,7 +185,8 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
   constexpr int kWarps = C::kWarps, kUnit = C::kUnit, kPairs = C::kPairs, kOut = C::kOut, kPitch = C::kPitch;
   constexpr int kRowBytes = kPanel * bits_of(kFormat) / 8;
   constexpr bool kPlain = kFormat == Format::kPlain, kGroups = !kPlain && kScaling != Scaling::kRow;
-  extern __shared__ __align__(128) unsigned char memory[];  // the sums of the warps, two tiles; the ring
+  static_assert(kPlain || kFold == Fold::kNone, "");
+  unsigned char* const memory = dynamic_memory();  // the sums of the warps, two tiles; the ring
   __shared__ uint64_t full[kMaxStages], empty[kMaxStages], summed[2];
   unsigned char* const ring = memory + C::kPartial;
   const unsigned full_at = shared_address(full), empty_at = shared_address(empty), summed_at = shared_address(summed);
@@ -179,7 +203,7 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
     }
     barrier_init(summed_at, kWarps);
     barrier_init(summed_at + 8, kWarps);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barrier_init_done();
   }
   __syncthreads();
 
@@ -218,6 +242,8 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
     return;
   }
 
+  const T* const norm = static_cast<const T*>(p.norm) + warp * kUnit;
+  if (kFold == Fold::kNorm && lane < kPanels * C::kUnits) prefetch(norm + lane * (kWarps * kUnit));
   wait_for_predecessor();
   const int row = lane / 4, quarter = lane % 4;  // of a tile and of x; of a unit
   unsigned xs[kPanels * C::kUnits][kXTiles][kPairs];
@@ -231,6 +257,44 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
         uint4 eight{};
         if (j * 8 + row < p.M) eight = *reinterpret_cast<const uint4*>(x + (j * 8 + row) * p.x_row + k + at);
         x_pairs<kFormat>(eight, &xs[u][j][at / 2]);
+      }
+    }
+  }
+  if constexpr (kFold == Fold::kNorm) {
+    // [rows, warps], where the sums of the second tile will be: by then all warps have multiplied the first
+    float* const all = reinterpret_cast<float*>(memory) + kWarps * kOut;
+#pragma unroll
+    for (int j = 0; j < kXTiles; ++j) {
+      float sum = 0.f;
+#pragma unroll
+      for (int u = 0; u < kPanels * C::kUnits; ++u) {
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) sum = add_squares<T>(sum, xs[u][j][i]);
+      }
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      if (quarter == 0) all[(j * 8 + row) * kWarps + warp] = sum;
+    }
+    sync_threads(1, kWarps * 32);
+    float inverse[kXTiles];
+#pragma unroll
+    for (int j = 0; j < kXTiles; ++j) {
+      float sum = 0.f;
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) sum += all[(j * 8 + row) * kWarps + i];
+      inverse[j] = rsqrtf(sum / (kPanels * kPanel) + p.norm_eps);
+    }
+#pragma unroll
+    for (int u = 0; u < kPanels * C::kUnits; ++u) {
+      const uint4 eight = *reinterpret_cast<const uint4*>(norm + u * (kWarps * kUnit) + quarter * (kUnit / 4));
+      const unsigned weights[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+      for (int j = 0; j < kXTiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          unmade(xs[u][j][i]);
+          xs[u][j][i] = scaled<T>(xs[u][j][i], weights[i], inverse[j], p.norm_offset);
+        }
       }
     }
   }
@@ -250,20 +314,23 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
   int out_n = first * kRows + out % kRows;
   const bool stores = threadIdx.x < kOut && out_m < p.M;
   T* out_y = y + out_m * p.y_row + out_n;
-  const auto finish = [&](int tile, float row_scale) {
+  const auto finish = [&](int tile, float row_scale, T old) {
     const float* const sums = reinterpret_cast<const float*>(memory) + (tile & 1) * (kWarps * kOut) + out;
     barrier_wait(summed_at + 8 * (tile & 1), tile >> 1 & 1);
     if (stores && out_n < p.N) {
       float sum = 0.f;
 #pragma unroll
       for (int j = 0; j < kWarps; ++j) sum += sums[j * kOut];
-      *out_y = from_float<T>(kPlain ? sum : sum * row_scale);
+      T result = from_float<T>(kPlain ? sum : sum * row_scale);
+      if (kFold == Fold::kAdd) result = from_float<T>(to_float(result) + to_float(old));
+      *out_y = result;
     }
     out_n += kRows, out_y += kRows;
   };
   constexpr int kTall = (kXTiles + 1) / 2;       // tiles of 16 rows of x
   constexpr int kChains = kXTiles == 1 ? 2 : 1;  // sums that do not wait for each other
   float row_scale = p.lift, next_scale = p.lift;
+  T old{}, next_old{};
   int stage = 0, phase = 0;
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
@@ -274,6 +341,10 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
         const int at = p.row_scale_rows == 1 ? n : n / p.row_scale_rows;
         next_scale = p.lift * read_scale(p.row_scales + at * p.row_scale_row, 0, p.row_scale_type);
       }
+    }
+    if (kFold == Fold::kAdd) {  // the outputs before this tile's are still to be finished
+      const int ahead = tile > 0 ? kRows : 0;
+      if (stores && out_n + ahead < p.N) next_old = out_y[ahead];
     }
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
@@ -338,8 +409,8 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
       if (++stage == p.stages) stage = 0, phase ^= 1;
     }
     // what the warps have left of the tile before, when they are all a tile further
-    if (tile > 0) finish(tile - 1, row_scale);
-    row_scale = next_scale;
+    if (tile > 0) finish(tile - 1, row_scale, old);
+    row_scale = next_scale, old = next_old;
     float* const sums = reinterpret_cast<float*>(memory) + ((tile & 1) * kWarps + warp) * kOut + lane * 2;
 #pragma unroll
     for (int j = 0; j < kXTiles; ++j) {
@@ -350,7 +421,7 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
     __syncwarp();
     if (lane == 0) barrier_arrive(summed_at + 8 * (tile & 1));
   }
-  if (tiles > 0) finish(tiles - 1, row_scale);
+  if (tiles > 0) finish(tiles - 1, row_scale, old);
 #endif
 }
 

@@ -200,6 +200,7 @@ inline int __float_as_int(float x) { return from_bits<int>(to_bits(x)); }
 inline float __uint_as_float(unsigned x) { return from_bits<float>(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 inline float __expf(float x) { return std::exp(x); }
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 template <typename T>
 T __ldcg(const T* p) {
   return *p;
@@ -233,6 +234,15 @@ inline unsigned mul2(unsigned a, unsigned b) {
   return both_halves(a, b, [](float x, float y) { return x * y; });
 }
 inline unsigned mask_or(unsigned x, unsigned mask, unsigned bits) { return (x & mask) | bits; }
+inline void unmade(unsigned&) {}
+inline void prefetch(const void*) {}
+inline unsigned fma2(unsigned a, unsigned b, unsigned c) {
+  const auto half = [&](int shift) {  // the product is exact in double, and so is almost always the sum
+    const auto wide = [&](unsigned pair) { return double(__uint_as_float(pair >> shift << 16)); };
+    return unsigned(__bfloat16_as_ushort(__double2bfloat16(wide(a) * wide(b) + wide(c)))) << shift;
+  };
+  return half(0) | half(16);
+}
 inline unsigned char* dynamic_memory() { return emulated::memory; }
 
 // Shared memory lies within 2 GB of `memory`, as everything static does.

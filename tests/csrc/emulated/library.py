@@ -21,7 +21,7 @@ def load(source: str) -> ctypes.CDLL:
     if shutil.which("nvcc") is None:  # which knows the host's compiler and the headers of 16-bit floats
         pytest.skip("nvcc is not on the PATH")
     library = Path(tempfile.mkdtemp(prefix="emulated-")) / "kernels.so"
-    flags = ["-std=c++20", "-O2", "-Xcompiler=-fPIC", "-shared", "--cudart=none"]
+    flags = ["-std=c++20", "-O2", "-Xcompiler=-fPIC,-fno-strict-aliasing", "-shared", "--cudart=none"]
     done = subprocess.run(["nvcc", *flags, "-o", str(library), str(HERE / source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     try:
