@@ -155,7 +155,7 @@ void gate_up_blocks(const Tensor h, const Tensor x, const Tensor words, const Te
 void down_token(const Tensor y, const Tensor h, const Tensor words, const Tensor scale,
                 const std::optional<Tensor> zero, const std::optional<Tensor> shared_x,
                 const std::optional<Tensor> shared_w, const Tensor logits, const Tensor chosen, int64_t top_k,
-                bool early) {
+                bool early, bool add) {
   const Matrix w = matrix("w2", words, scale, zero);
   check_x(h, "h", w.columns);
   check_x(y, "y", w.rows);
@@ -178,7 +178,7 @@ void down_token(const Tensor y, const Tensor h, const Tensor words, const Tensor
   by_format(w, [&](auto has_zero, auto share) {
     by_experts(choices.experts, [&](auto keys) {
       launch_with(down_token_kernel<has_zero(), share(), keys()>, dim3(w.rows / kTile, y.size(0)), 32 * choices.top_k,
-                  bytes, h, data(y), data(h), w, choices, shared, early);
+                  bytes, h, data(y), data(h), w, choices, shared, early, add);
     });
   });
 }
@@ -213,7 +213,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_c, m) {
       "Tensor block_expert, Tensor block_rows, int top_k) -> ()");
   m.def(
       "experts_down_token(Tensor(a!) y, Tensor h, Tensor words, Tensor scale, Tensor? zero, Tensor? shared_x, "
-      "Tensor? shared_w, Tensor logits, Tensor chosen, int top_k, bool early) -> ()");
+      "Tensor? shared_w, Tensor logits, Tensor chosen, int top_k, bool early, bool add) -> ()");
   m.def(
       "experts_down_blocks(Tensor(a!) y, Tensor h, Tensor words, Tensor scale, Tensor? zero, Tensor order, "
       "Tensor block_expert, Tensor block_rows) -> ()");

@@ -297,12 +297,12 @@ __global__ void __launch_bounds__(kWarps * 32)
 }
 
 // y = the sum of one token's choices by their shares, and of the shared expert's part: 16 rows a block, a choice a
-// warp. early: choose again from the logits, so that the weights are under way before h is written. Blocks: x tiles, y
-// tokens.
+// warp. early: choose again from the logits, so that the weights are under way before h is written. add: to what is in
+// y. Blocks: x tiles, y tokens.
 template <bool kZero, int kShare, int kKeys>
 __global__ void __launch_bounds__(kMostChoices * 32)
     down_token_kernel(bf16* y, const bf16* h, const __grid_constant__ Matrix w, const __grid_constant__ Choices choices,
-                      const __grid_constant__ Shared shared, bool early) {
+                      const __grid_constant__ Shared shared, bool early, bool add) {
 #if __CUDA_ARCH__ >= 900
   constexpr int kSlot = kTile * 4 * (kZero ? 2 : 1);
   unsigned char* const memory = dynamic_memory();
@@ -358,6 +358,8 @@ __global__ void __launch_bounds__(kMostChoices * 32)
                                           h + int64_t(token * top_k + warp) * w.columns + quarter * 8,
                                           slots + warp * kSlot, 0, 1, full_at);
   float low = shares[warp] * sums[0][0], high = shares[warp] * sums[0][2];
+  y += int64_t(token) * w.rows + first;
+  const bf16 old = add && threadIdx.x < kTile ? y[threadIdx.x] : bf16();
   if (shared.w != nullptr) {
     float c[4] = {};
     barrier_wait(shared_full_at, 0);
@@ -378,7 +380,8 @@ __global__ void __launch_bounds__(kMostChoices * 32)
   if (threadIdx.x < kTile) {
     float sum = 0.f;
     for (int j = 0; j < top_k; ++j) sum += partial[j * kTile + threadIdx.x];
-    y[int64_t(token) * w.rows + first + threadIdx.x] = __float2bfloat16_rn(sum);
+    const bf16 result = __float2bfloat16_rn(sum);
+    y[threadIdx.x] = add ? __float2bfloat16_rn(__bfloat162float(result) + __bfloat162float(old)) : result;
   }
 #endif
 }

@@ -226,12 +226,12 @@ void skinny_gemm_norm(const Tensor out, const Tensor x, const Tensor weight, con
   run_columns<__nv_bfloat16, Format::kPlain, Scaling::kRow, Fold::kNorm>(out, x, p, int(ring));
 }
 
-void skinny_gemm_add(const Tensor sum, const Tensor x, const Tensor weight, int64_t ring, int64_t late) {
+void skinny_gemm_add(const Tensor total, const Tensor x, const Tensor weight, int64_t ring, int64_t late) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "x must be bfloat16");
-  const Problem p = describe(sum, x, weight, Format::kPlain, late);
+  const Problem p = describe(total, x, weight, Format::kPlain, late);
   if (p.M == 0 || p.N == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  run_columns<__nv_bfloat16, Format::kPlain, Scaling::kRow, Fold::kAdd>(sum, x, p, int(ring));
+  run_columns<__nv_bfloat16, Format::kPlain, Scaling::kRow, Fold::kAdd>(total, x, p, int(ring));
 }
 
 }  // namespace
@@ -244,7 +244,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_c, m) {
   m.def(
       "skinny_gemm_norm(Tensor(a!) out, Tensor x, Tensor weight, Tensor norm, float eps, bool plus_one, int ring, "
       "int late) -> ()");
-  m.def("skinny_gemm_add(Tensor(a!) sum, Tensor x, Tensor weight, int ring, int late) -> ()");
+  m.def("skinny_gemm_add(Tensor(a!) total, Tensor x, Tensor weight, int ring, int late) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_c, CUDA, m) {

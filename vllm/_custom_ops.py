@@ -32,8 +32,8 @@ def _load(library: Path) -> str | None:
     torch.library.register_fake("vllm_c::rms_norm", lambda out, x, weight, eps, plus_one: None)
     torch.library.register_fake("vllm_c::fused_add_rms_norm", lambda x, residual, weight, eps, plus_one: None)
     torch.library.register_fake("vllm_c::gdn_decode", lambda *args, **kwargs: None)
-    torch.library.register_fake("vllm_c::skinny_gemm", lambda *args: None)
-    torch.library.register_fake("vllm_c::quantised_gemm", lambda *args: None)
+    for name in ("skinny_gemm", "skinny_gemm_norm", "skinny_gemm_add", "quantised_gemm"):
+        torch.library.register_fake(f"vllm_c::{name}", lambda *args: None)
     for name in ("gate_up_token", "gate_up_blocks", "down_token", "down_blocks"):
         torch.library.register_fake(f"vllm_c::experts_{name}", lambda *args: None)
     return None
@@ -144,6 +144,25 @@ def skinny_gemm(
     torch.ops.vllm_c.skinny_gemm(out, x, weight, scale, zero, row_scale, form, group, scale_rows, ring, late)
 
 
+def skinny_gemm_norm(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    plus_one: bool,
+    ring: int,
+    late: int,
+) -> None:
+    """out = rms_norm(x) @ weightᵀ, all in bfloat16: x is rounded once it is normalised. Sizes, ring and late as in `skinny_gemm`."""
+    torch.ops.vllm_c.skinny_gemm_norm(out, x, weight, norm, eps, plus_one, ring, late)
+
+
+def skinny_gemm_add(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, ring: int, late: int) -> None:
+    """total += x @ weightᵀ, all in bfloat16: the product is rounded before it is added. Sizes, ring and late as in `skinny_gemm`."""
+    torch.ops.vllm_c.skinny_gemm_add(total, x, weight, ring, late)
+
+
 def quantised_gemm(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -206,12 +225,14 @@ def experts_down_token(
     chosen: torch.Tensor,
     top_k: int,
     early: bool,
+    add: bool = False,
 ) -> None:
     """y [T, D] = the sum of a token's choices down h by softmax over their logits, and sigmoid(last logit) * shared_w shared_x.
 
     words [E, D, I / 8]; shared_w [D, S] and shared_x [T, S] in bfloat16. early: choose again from the logits instead of reading `chosen`.
+    add: the sum, rounded, to what is in y.
     """
-    torch.ops.vllm_c.experts_down_token(y, h, words, scale, zero, shared_x, shared_w, logits, chosen, top_k, early)
+    torch.ops.vllm_c.experts_down_token(y, h, words, scale, zero, shared_x, shared_w, logits, chosen, top_k, early, add)
 
 
 def experts_down_blocks(

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.fused_moe.ops.int4 import (
 )
 from vllm.model_executor.layers.fused_moe.ops.route import Routed, route_torch
 from vllm.model_executor.layers.fused_moe.ops.weights import MoEWeights, dense
+from vllm.model_executor.layers.ops.rms_norm import Unnormed
 from vllm.model_executor.layers.quantization.base import KernelWeight
 
 FORMS = ("int4", "int4 zero", "int4 128")
@@ -64,8 +65,8 @@ class Emulated:
         made.parts = parts  # kept alive
         return ctypes.byref(made)
 
-    def call(self, name, out, x, matrix, choices, *rest):
-        result, x = aligned(torch.full_like(out, torch.nan)), aligned(x)
+    def call(self, name, out, x, matrix, choices, *rest, keep=False):
+        result, x = aligned(out if keep else torch.full_like(out, torch.nan)), aligned(x)
         getattr(self._library, name)(pointer(result), pointer(x), matrix, ctypes.byref(choices), *rest)
         out.copy_(result)
 
@@ -78,14 +79,14 @@ class Emulated:
         choices = Choices(top_k, None, 0, 0, None, *lists)
         self.call("gate_up_blocks", h, x, self.matrix(words, scale, zero), choices, block_rows.numel())
 
-    def down_token(self, y, h, words, scale, zero, shared_x, shared_w, logits, chosen, top_k, early):
+    def down_token(self, y, h, words, scale, zero, shared_x, shared_w, logits, chosen, top_k, early, add):
         if early:  # then it is not read
             chosen = None
         choices = Choices(top_k, pointer(logits), words.shape[0], logits.stride(0), pointer(chosen))
         parts = [None if part is None else aligned(part) for part in (shared_w, shared_x)]
         shared = Shared(*map(pointer, parts), 0 if shared_w is None else shared_w.shape[1])
-        rest = ctypes.byref(shared), y.shape[0], ctypes.c_bool(early)
-        self.call("down_token", y, h, self.matrix(words, scale, zero), choices, *rest)
+        rest = ctypes.byref(shared), y.shape[0], ctypes.c_bool(early), ctypes.c_bool(add)
+        self.call("down_token", y, h, self.matrix(words, scale, zero), choices, *rest, keep=add)
 
     def down_blocks(self, y, h, words, scale, zero, order, block_expert, block_rows):
         choices = Choices(1, None, 0, 0, None, *map(pointer, (order, block_expert, block_rows)))
@@ -109,7 +110,7 @@ def front_in_16_bits(x, weights, **planes):
     logits, hs, xp = front_torch(x, weights, **planes)
     if weights.gate is None:  # the kernels' logits have a column for it all the same
         logits = torch.cat([logits, torch.full_like(logits[:, :1], torch.nan)], dim=1)
-    return logits, hs.to(x.dtype), xp
+    return logits, hs.to(xp.dtype), xp
 
 
 def assert_alike(got, expected):
@@ -117,6 +118,19 @@ def assert_alike(got, expected):
     assert torch.isfinite(got).all()
     error = (got.float() - expected.float()).abs().max() / expected.float().abs().max()
     assert error < 8e-3, error.item()
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_between_residual_and_residual(device, T):
+    """Rows still to be normalised in, the result added to them in place, and rounded before it is."""
+    weights = layer(8, 256, 128, 64, "int4", torch.bfloat16, device)
+    residual, weight = (torch.randn(*shape, device=device).bfloat16() for shape in ((T, 256), (256,)))
+    rows = Unnormed(residual, weight * 0.3, 1e-6, True)
+    result = moe_few_tokens_cuda(rows, weights, 2)
+    assert_alike(result, moe_few_tokens_torch(rows, weights, 2))
+    want = residual + result
+    assert moe_few_tokens_cuda(rows, weights, 2, residual) is None
+    assert torch.equal(residual, want)
 
 
 def rescaled(weights: MoEWeights, dtype: torch.dtype) -> MoEWeights:

@@ -19,6 +19,7 @@ from tests.kernels.aot import describe, usage
 from tests.kernels.experts import layer
 from vllm.model_executor.layers.fused_moe.ops import few_tokens, front, grouped, weights
 from vllm.model_executor.layers.fused_moe.ops.route import route_triton
+from vllm.model_executor.layers.ops.rms_norm import Unnormed
 
 # E, D, I, S, top_k of published models
 SHAPES = {
@@ -36,20 +37,29 @@ CASES = {
 }
 
 
+def behind_norm(x: torch.Tensor) -> Unnormed:
+    return Unnormed(x, torch.zeros(x.shape[1], dtype=x.dtype), 1e-6, True)
+
+
 def launch_all(shape: str, form: str) -> None:
     E, D, I, S, top_k = SHAPES[shape]
     # two experts' weights stand for all: nothing is launched
     made = layer(2, D, I, S, form, torch.bfloat16, "cpu")
     made = dataclasses.replace(made, router=torch.zeros(E, D, dtype=torch.bfloat16))
     for T in (1, 8):
-        few_tokens.moe_few_tokens_triton(torch.zeros(T, D, dtype=torch.bfloat16), made, top_k)
+        x = torch.zeros(T, D, dtype=torch.bfloat16)
+        few_tokens.moe_few_tokens_triton(x, made, top_k)
+        few_tokens.moe_few_tokens_triton(behind_norm(x), made, top_k, x)
     for T in (32, 64):
-        front.front_triton(torch.zeros(T, D, dtype=torch.bfloat16), made, hs_planes=1, xp_planes=1)
+        x = torch.zeros(T, D, dtype=torch.bfloat16)
+        for rows in (x, behind_norm(x)) if T == 32 else (x,):
+            front.front_triton(rows, made, hs_planes=1, xp_planes=1)
     for T in (16, 2048):
         x = torch.zeros(T, D, dtype=torch.bfloat16)
         routed = route_triton(torch.zeros(T, E + 1), E, top_k, 16 if T == 16 else 64 if form == "plain" else 32)
         xp = grouped.by_planes_triton(x, made.w13.kind)
         grouped.combine_triton(grouped.experts_triton(xp, routed, made.w13, made.w2), routed.shares, x, x[:, :1])
+    grouped.combine_triton(torch.zeros(8 * top_k, D, dtype=x.dtype), torch.zeros(8, top_k), x, x[:, :1], x[:8])
 
 
 def record(case: str) -> list[tuple]:

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.fused_moe.ops.few_tokens import (
     plan_few_tokens,
 )
 from vllm.model_executor.layers.fused_moe.ops.weights import fits
+from vllm.model_executor.layers.ops.rms_norm import Unnormed
 
 
 def spread(T, D, device, dtype):
@@ -72,6 +73,31 @@ def test_equal_logits_go_to_the_lowest_experts(device):
     chosen = dataclasses.replace(weights, router=first)
     assert torch.equal(moe_few_tokens_triton(x[:1], tied, 3), moe_few_tokens_triton(x[:1], tied, 3))
     assert_close(moe_few_tokens_triton(x[:1], tied, 3), moe_few_tokens_torch(x[:1], chosen, 3), 2e-3)
+
+
+@pytest.mark.parametrize("form", ["plain", "int4", "int4 zero", "fp8"])
+@pytest.mark.parametrize("T", [1, 3])
+def test_between_residual_and_residual(device, form, T):
+    """A norm in front and an add behind, in place: the rows that are normalised are those that are added to."""
+    weights = layer(8, 256, 64, 64, form, torch.bfloat16, device)
+    residual = torch.randn(T, 256).to(device, torch.bfloat16)
+    weight = (torch.randn(256) * 0.3).to(device, torch.bfloat16)
+    want, got = residual.clone(), residual.clone()
+    assert moe_few_tokens_torch(Unnormed(want, weight, 1e-6, True), weights, 2, want) is None
+    assert moe_few_tokens_triton(Unnormed(got, weight, 1e-6, True), weights, 2, got) is None
+    assert_close(got, want, 2 * TOLERANCE[got.dtype])  # two more roundings than without
+    assert (want - residual).abs().max() > 0.3
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_adding_rounds_the_result_first(device, T):
+    weights = layer(8, 128, 64, 64, "int4", torch.bfloat16, device)
+    x, before = spread(T, 128, device, torch.bfloat16), spread(T, 128, device, torch.bfloat16)
+    total = before.clone()
+    moe_few_tokens_triton(x, weights, 2, total)
+    want = moe_few_tokens_triton(x, weights, 2) + before
+    # the interpreter truncates where hardware rounds
+    assert_close(total, want, 0.0 if device == "cuda" else 2**-7)
 
 
 def test_what_does_not_fit():

@@ -46,6 +46,18 @@ def test_combine(device, shared):
     )
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_combine_adding(device, shared):
+    T, top_k, D = 5, 3, 100
+    y, shares = torch.randn(T * top_k, D, device=device), torch.rand(T, top_k, device=device)
+    extra = (torch.randn(T, D, device=device), torch.randn(T, 1, device=device)) if shared else (None, None)
+    want = torch.randn(T, D, device=device)
+    got = want.clone()
+    assert grouped.combine_triton(y, shares, *extra, got) is None
+    assert grouped.combine_torch(y, shares, *extra, want) is None
+    assert_close(got, want, TOLERANCE[y.dtype])
+
+
 @pytest.mark.parametrize("kind,P", [("int4", 8), ("int8", 4), ("fp4", 2), ("plain", 1)])
 def test_by_planes(device, kind, P):
     x = torch.randn(3, 72, device=device)

@@ -33,10 +33,10 @@ extern "C" void gate_up_blocks(bf16* h, const bf16* x, const Matrix* w, const Ch
 }
 
 extern "C" void down_token(bf16* y, const bf16* h, const Matrix* w, const Choices* c, const Shared* shared, int tokens,
-                           bool early) {
+                           bool early, bool add) {
   by_format(*w, [&](auto zero, auto share) {
     emulated::run({unsigned(w->rows / kTile), unsigned(tokens)}, c->top_k * 32,
-                  [&] { down_token_kernel<zero(), share(), kMostKeys>(y, h, *w, *c, *shared, early); });
+                  [&] { down_token_kernel<zero(), share(), kMostKeys>(y, h, *w, *c, *shared, early, add); });
   });
 }
 

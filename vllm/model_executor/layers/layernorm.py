@@ -12,6 +12,7 @@ from torch import nn
 
 from vllm import _custom_ops
 from vllm.model_executor.layers.fla.ops import rmsnorm_gated
+from vllm.model_executor.layers.ops.rms_norm import Unnormed, rms_norm, rms_norm_torch
 from vllm.model_executor.parameter import Slot, empty_parameter
 
 
@@ -47,15 +48,18 @@ class RMSNorm(nn.Module):
         self.use_kernels = _custom_ops.available(self.weight.device)
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor | None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor | Unnormed, torch.Tensor]:
         """Normalise x [..., hidden_size].
 
-        With a residual, x is added to it first: returns (normed, new residual); both arguments may be overwritten with them.
+        With a residual, x is added to it first: returns (normed, new residual); both arguments may be overwritten with them. Where x is
+        None, it has been added before, and the residual's rows come back still to be normalised.
         Without, returns normed alone.
         """
         if residual is None:
             return self._norm(x)
+        if x is None:
+            return Unnormed(residual, self.weight, self.eps, self.plus_one), residual
         if self.use_kernels:
             _custom_ops.fused_add_rms_norm(x, residual, self.weight, self.eps, self.plus_one)
             return x, residual
@@ -63,14 +67,8 @@ class RMSNorm(nn.Module):
         return self._norm(residual), residual
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
-        if self.use_kernels:
-            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            _custom_ops.rms_norm(out, x, self.weight, self.eps, self.plus_one)
-            return out
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        scale = 1.0 + self.weight.float() if self.plus_one else self.weight.float()
-        return (y * scale).to(x.dtype)
+        form = rms_norm if self.use_kernels else rms_norm_torch
+        return form(x, self.weight, self.eps, self.plus_one)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"

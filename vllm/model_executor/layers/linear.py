@@ -14,9 +14,12 @@ from torch import nn
 
 from vllm.distributed.parallel_state import (
     TensorParallelGroup,
+    get_tensor_model_parallel_world_size,
     get_tensor_parallel_group,
     tensor_model_parallel_all_reduce,
 )
+from vllm.model_executor.layers.ops.rms_norm import Unnormed
+from vllm.model_executor.layers.ops.skinny_gemm_plan import Product
 from vllm.model_executor.layers.quantization import WeightScheme
 from vllm.model_executor.layers.quantization.base import take_rows
 from vllm.model_executor.layers.quantization.plan import ConfigPlan, WeightPlan
@@ -78,10 +81,16 @@ class Linear(nn.Module):
     def process_weights_after_loading(self) -> None:
         self.scheme.process(self)
 
-    def forward(self, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Unnormed, rows: slice = slice(None)) -> torch.Tensor:
         """x [..., columns] -> [..., rows]; `rows` picks a run of outputs, and only those are computed."""
         y = self.scheme.apply(self, x, rows)
         return y if self.bias is None else y + self.bias[rows]
+
+    @property
+    def product(self) -> Product:
+        """What decides whether norms and adds can be part of this projection."""
+        weight = self.scheme.kernel_weight(self)
+        return Product(weight and weight.kind, self.out_features, self.in_features, self.bias is not None)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.scheme}"
@@ -158,10 +167,16 @@ class RowParallelLinear(Linear):
             plan=plan,
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's x [..., columns] -> the whole [..., rows], the same on every rank."""
+    def forward(self, x: torch.Tensor, add_to: torch.Tensor | None = None) -> torch.Tensor | None:
+        """This rank's x [..., columns] -> the whole [..., rows], the same on every rank.
+
+        With `add_to` [..., rows] the result is added to it in place, rounded to its dtype before, and None returned.
+        """
+        if add_to is not None and self.bias is None and get_tensor_model_parallel_world_size() == 1:
+            return self.scheme.add(self, x, add_to)
         y = tensor_model_parallel_all_reduce(self.scheme.apply(self, x))
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        return y if add_to is None else plus(add_to, y)
 
 
 class QKVParallelLinear(Linear):
@@ -215,6 +230,11 @@ class QKVParallelLinear(Linear):
         total = q_rows + 2 * kv_rows
         super().__init__(sources, total, hidden_size, full_columns=hidden_size, bias=bias, plan=plan)
         self.num_heads, self.num_kv_heads, self.rows = heads, kv_heads, rows
+
+
+def plus(total: torch.Tensor, y: torch.Tensor) -> None:
+    """total += y, as the end of a layer that was asked to add its result."""
+    total += y
 
 
 def part_rows(parts: dict[str, int], group: TensorParallelGroup) -> dict[str, slice]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cached_property
+
 import torch
 from torch import nn
 
@@ -9,6 +12,7 @@ from vllm.config.gdn import GDNConfig
 from vllm.config.hf_config import TextConfig
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.folding import Part, step_folds, where
 from vllm.model_executor.layers.fused_moe import FusedMoE, SharedExpert
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.linear import (
@@ -19,6 +23,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.mamba.gdn_linear_attn import GatedDeltaNet, InProjSources, separate_sources
 from vllm.model_executor.layers.ops.attention_torch import ProjectedRows
+from vllm.model_executor.layers.ops.rms_norm import Unnormed, normed
 from vllm.model_executor.layers.quantization.plan import WeightPlan
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, TiedLMHead, VocabParallelEmbedding
@@ -52,11 +57,25 @@ class Qwen3_5ForCausalLM(nn.Module):
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """input_ids [T], positions [T] or [3, T] -> hidden [T, D] after the final norm."""
         hidden = self.embed_tokens(input_ids)
-        residual = torch.zeros_like(hidden)
         cos_sin = self.rotary_emb.cos_sin(positions)  # [T, rotary_dim]
+        if self.folds(hidden):
+            hidden, residual, add_to = None, hidden, hidden
+        else:
+            residual, add_to = torch.zeros_like(hidden), None
         for layer in self.layers:
-            hidden, residual = layer(hidden, residual, cos_sin)
-        return self.norm(hidden, residual)[0]
+            hidden, residual = layer(hidden, residual, cos_sin, add_to)
+        return normed(self.norm(hidden, residual)[0])
+
+    def folds(self, hidden: torch.Tensor) -> bool:
+        """Whether the layers add to one residual [T, D] in place and leave its norms to the projections behind them."""
+        if not hidden.is_cuda or torch.compiler.is_compiling():
+            return False
+        gdn = next((layer.linear_attn.variants.in_proj for layer in self.layers if layer.is_gdn), "fused")
+        return step_folds(hidden.shape[0], hidden.dtype, where(hidden.device), gdn, self._parts)
+
+    @cached_property
+    def _parts(self) -> frozenset[Part]:
+        return frozenset(part for layer in self.layers for part in layer.parts())
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [N, D] -> [N, vocab]."""
@@ -101,13 +120,30 @@ class DecoderLayer(nn.Module):
         )
 
     def forward(
-        self, hidden: torch.Tensor, residual: torch.Tensor, cos_sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden (not yet added) and residual [T, D] -> the same of the next layer."""
+        self,
+        hidden: torch.Tensor | None,
+        residual: torch.Tensor,
+        cos_sin: torch.Tensor,
+        add_to: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """hidden (not yet added; None: it has been) and residual [T, D] -> the same of the next layer.
+
+        Args:
+            add_to: the residual, where mixer and net are to add to it themselves (`layers/folding.py`).
+        """
         hidden, residual = self.input_layernorm(hidden, residual)
-        hidden = self.linear_attn(hidden) if self.is_gdn else self.self_attn(hidden, cos_sin)
+        hidden = self.linear_attn(hidden, add_to) if self.is_gdn else self.self_attn(hidden, cos_sin, add_to)
         hidden, residual = self.post_attention_layernorm(hidden, residual)
-        return self.mlp(hidden), residual
+        return self.mlp(hidden, add_to), residual
+
+    def parts(self) -> Iterator[Part]:
+        """What stands between residual and residual."""
+        if self.is_gdn:
+            linears = self.linear_attn.in_proj, self.linear_attn.out_proj
+        else:
+            linears = self.self_attn.qkv_proj, self.self_attn.o_proj
+        yield from (linear.product for linear in linears if linear is not None)
+        yield from self.mlp.parts()
 
 
 class GatedAttention(nn.Module):
@@ -141,11 +177,13 @@ class GatedAttention(nn.Module):
             plan=plan,
         )
 
-    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
-        """x [T, D], cos_sin [T, rotary_dim] -> [T, D]."""
+    def forward(
+        self, x: torch.Tensor | Unnormed, cos_sin: torch.Tensor, add_to: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """x [T, D], cos_sin [T, rotary_dim] -> [T, D], or added to `add_to`."""
         weights = self.q_norm.weight, self.k_norm.weight
         rows = ProjectedRows(self.qkv_proj(x), cos_sin, *weights, self.q_norm.eps)
-        return self.o_proj(self.attn.gated(rows))
+        return self.o_proj(self.attn.gated(rows), add_to)
 
 
 class DenseMLP(nn.Module):
@@ -160,9 +198,12 @@ class DenseMLP(nn.Module):
         self.act = SiluAndMul()
         self.down_proj = RowParallelLinear(intermediate, D, prefix=f"{prefix}.down_proj", plan=plan)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, D] -> [T, D]."""
-        return self.down_proj(self.act(self.gate_up_proj(x)))
+    def forward(self, x: torch.Tensor | Unnormed, add_to: torch.Tensor | None = None) -> torch.Tensor | None:
+        """x [T, D] -> [T, D], or added to `add_to`."""
+        return self.down_proj(self.act(self.gate_up_proj(x)), add_to)
+
+    def parts(self) -> Iterator[Part]:
+        yield from (self.gate_up_proj.product, self.down_proj.product)
 
 
 class SparseMoE(nn.Module):
@@ -183,6 +224,13 @@ class SparseMoE(nn.Module):
         self.shared_expert = DenseMLP(config, f"{prefix}.shared_expert", plan, config.shared_expert_intermediate_size)
         self.shared_expert_gate = ReplicatedLinear(D, 1, prefix=f"{prefix}.shared_expert_gate", plan=plan)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, D] -> [T, D]."""
-        return self.experts(x, self.gate, SharedExpert(self.shared_expert, self.shared_expert_gate))
+    @property
+    def shared(self) -> SharedExpert:
+        return SharedExpert(self.shared_expert, self.shared_expert_gate)
+
+    def forward(self, x: torch.Tensor | Unnormed, add_to: torch.Tensor | None = None) -> torch.Tensor | None:
+        """x [T, D] -> [T, D], or added to `add_to`."""
+        return self.experts(x, self.gate, self.shared, add_to)
+
+    def parts(self) -> Iterator[Part]:
+        yield self.experts.part(self.gate, self.shared)

@@ -84,6 +84,26 @@ def plan_experts(
     return ExpertsPlan("blocks", min(128, max(16, 1 << (per_expert - 1).bit_length())))
 
 
+@dataclass(frozen=True)
+class ExpertsFold:
+    """A mixture of experts as `layers/folding.py` asks about it.
+
+    kernels, tiles: as for `plan_experts`. front: whether one launch takes what the router and the shared expert make of many tokens.
+    """
+
+    top_k: int
+    num_experts: int
+    kernels: bool
+    tiles: bool
+    front: bool
+
+    def folds(self, rows: int, gpu: str) -> bool:
+        """Where one of our own kernels reads the rows, and one of them writes their results."""
+        how = {"device": "cuda", "kernels": self.kernels, "tiles": self.tiles}
+        plan = plan_experts(rows, self.top_k, self.num_experts, **how, grouped_matmul=False, dense_is_free=False)
+        return plan.way == "few" or (plan.way == "tiles" and self.front)
+
+
 @functools.cache
 def has_grouped_matmul(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
     """Whether torch multiplies groups in one launch here. Elsewhere its grouped product reads the group sizes back to the host.

@@ -10,6 +10,7 @@ from torch import nn
 
 from vllm.distributed.parallel_state import get_tensor_parallel_group, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.fused_moe.experts import (
+    ExpertsFold,
     ExpertsPlan,
     combine,
     experts_blocks,
@@ -30,7 +31,8 @@ from vllm.model_executor.layers.fused_moe.ops.int4 import experts_cuda, fits_int
 from vllm.model_executor.layers.fused_moe.ops.route import route
 from vllm.model_executor.layers.fused_moe.ops.weights import PLANES, MoEWeights, fits
 from vllm.model_executor.layers.fused_moe.router import topk_softmax
-from vllm.model_executor.layers.linear import Linear, plain_plan, sources_of_parts
+from vllm.model_executor.layers.linear import Linear, plain_plan, plus, sources_of_parts
+from vllm.model_executor.layers.ops.rms_norm import Unnormed, normed, rows_of
 from vllm.model_executor.layers.quantization.plan import WeightPlan
 from vllm.model_executor.parameter import Slot, Source
 
@@ -124,51 +126,84 @@ class FusedMoE(nn.Module):
         self.scheme2.process(self, "w2_")
         self._weights = None
 
-    def forward(self, x: torch.Tensor, router: Linear, shared: SharedExpert | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor | Unnormed,
+        router: Linear,
+        shared: SharedExpert | None = None,
+        add_to: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
         """x [T, D] -> [T, D], with the shared expert's part where there is one.
+
+        With `add_to` [T, D] the result is added to it in place, rounded to its dtype before, and None returned.
 
         Args:
             router: x -> logits [T, E].
         """
-        weights = self._kernel_weights(router, shared) if x.is_cuda else None
+        rows = rows_of(x)
+        weights = self._kernel_weights(router, shared) if rows.is_cuda else None
         plan = plan_experts(
-            x.shape[0],
+            rows.shape[0],
             self.top_k,
             self.num_experts,
-            device=x.device.type,
-            kernels=weights is not None and fits(x, weights),
+            device=rows.device.type,
+            kernels=weights is not None and fits(rows, weights),
             tiles=weights is not None and fits_grouped(weights.w13, weights.w2),
-            int4=weights is not None and fits_int4(x, weights, self.top_k),
-            grouped_matmul=has_grouped_matmul(x.device, x.dtype, self.hidden_size, self.share),
+            int4=weights is not None and fits_int4(rows, weights, self.top_k),
+            grouped_matmul=has_grouped_matmul(rows.device, rows.dtype, self.hidden_size, self.share),
             dense_is_free=self.scheme13.all_is_view and self.scheme2.all_is_view,
         )
+        if add_to is not None and (self.group.size > 1 or plan.way not in ("few", "tiles") or rows.shape[0] > PIECE):
+            return plus(add_to, self(x, router, shared))
         if plan.way == "few":
-            few = moe_few_tokens_cuda if plan.csrc else moe_few_tokens
-            return tensor_model_parallel_all_reduce(few(x, weights, self.top_k))
+            y = (moe_few_tokens_cuda if plan.csrc else moe_few_tokens)(x, weights, self.top_k, add_to)
+            return y if y is None else tensor_model_parallel_all_reduce(y)
+        if plan.way == "tiles" and rows.shape[0] <= PIECE:
+            y = self._tiles(x, weights, router, shared, plan, add_to)
+            return y if y is None else tensor_model_parallel_all_reduce(y)
+        x = normed(x)
         if plan.way == "tiles":
             pieces = [self._tiles(piece, weights, router, shared, plan) for piece in x.split(PIECE)]
-            return tensor_model_parallel_all_reduce(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+            return tensor_model_parallel_all_reduce(torch.cat(pieces))
         chances, experts = topk_softmax(router(x), self.top_k)
         y = tensor_model_parallel_all_reduce(combine(self._choices(x, experts, plan), chances))
         return y if shared is None else y + shared.gate(x).sigmoid() * shared.mlp(x)
 
+    def part(self, router: Linear, shared: SharedExpert | None) -> ExpertsFold:
+        """What decides whether a norm and an add can be part of these kernels, where activations have the router's dtype."""
+        w = self._kernel_weights(router, shared)
+        return ExpertsFold(
+            self.top_k,
+            self.num_experts,
+            kernels=w is not None and fits(w.router, w),
+            tiles=w is not None and fits_grouped(w.w13, w.w2),
+            front=w is not None and prefers_rows(FRONT_TOKENS, w),
+        )
+
     def _tiles(
-        self, x: torch.Tensor, weights: MoEWeights, router: Linear, shared: SharedExpert | None, plan: ExpertsPlan
-    ) -> torch.Tensor:
+        self,
+        x: torch.Tensor | Unnormed,
+        weights: MoEWeights,
+        router: Linear,
+        shared: SharedExpert | None,
+        plan: ExpertsPlan,
+        add_to: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
         """x [T, D] -> this rank's part of [T, D], in blocks of one expert's choices."""
         T, kind = x.shape[0], "plain" if plan.csrc else weights.w13.kind  # csrc's kernels read x as it is
         extra = None
         if T <= FRONT_TOKENS and prefers_rows(T, weights):
-            logits, hs, xp = front_triton(x.contiguous(), weights, hs_planes=1, xp_planes=PLANES[kind])
+            logits, hs, xp = front_triton(x, weights, hs_planes=1, xp_planes=PLANES[kind])
             if shared is not None:
                 extra = shared.down(hs), logits[:, self.num_experts :]
         else:
+            x = normed(x)
             logits, xp = router(x), by_planes_triton(x.contiguous(), kind)
             if shared is not None:
                 extra = shared.down(shared.mlp.act(shared.mlp.gate_up_proj(x))), shared.gate(x)
         routed = route(logits, self.num_experts, self.top_k, plan.block)
         y = (experts_cuda if plan.csrc else experts_triton)(xp, routed, weights.w13, weights.w2)
-        return combine_triton(y, routed.shares, *(extra or ()))
+        return combine_triton(y, routed.shares, *(extra or (None, None)), add_to)
 
     def _choices(self, x: torch.Tensor, experts: torch.Tensor, plan: ExpertsPlan) -> torch.Tensor:
         """x [T, D], experts [T, k] -> every choice's own result [T*k, D]."""

@@ -55,6 +55,7 @@ from vllm.model_executor.layers.mamba.gdn_variants import (
     decode_auto,
     project_serial,
 )
+from vllm.model_executor.layers.ops.rms_norm import Unnormed
 from vllm.model_executor.layers.quantization.base import take_rows
 from vllm.model_executor.layers.quantization.plan import WeightPlan
 from vllm.model_executor.parameter import Slot, empty_parameter
@@ -216,14 +217,14 @@ class GatedDeltaNet(nn.Module):
 
     # Computation
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, D] -> [T, D]. Padding rows come out finite and leave every state alone."""
+    def forward(self, x: torch.Tensor | Unnormed, add_to: torch.Tensor | None = None) -> torch.Tensor | None:
+        """x [T, D] -> [T, D], or added to `add_to`. Padding rows come out finite and leave every state alone."""
         projected = self.project(self, x)
         if torch.compiler.is_compiling():
             o = torch.ops.vllm.gdn_attention_core(*projected, _encode_layer_name(self.name))
         else:
             o = self.attend(projected)  # [T, Hv*V]
-        return self.out_proj(o)
+        return self.out_proj(o, add_to)
 
     def attend(self, p: Projected) -> torch.Tensor:
         """Convolution, gates, delta rule and gated norm of decoding rows and of prompt chunks, [T, Hv*V] together."""

@@ -27,6 +27,7 @@ from vllm.model_executor.layers.mamba.ops.causal_conv1d import (
     causal_conv1d_fn_triton,
     causal_conv1d_update,
 )
+from vllm.model_executor.layers.ops.rms_norm import Unnormed, normed
 from vllm.utils.multi_stream_utils import maybe_execute_in_parallel
 from vllm.utils.torch_utils import (
     LayerNameType,
@@ -60,21 +61,22 @@ class Variants(NamedTuple):
 # The input projection, --gdn-in-proj
 
 
-def project_fused(layer: GatedDeltaNet, x: torch.Tensor) -> Projected:
+def project_fused(layer: GatedDeltaNet, x: torch.Tensor | Unnormed) -> Projected:
     """One GEMM over [q | k | v | z | b | a], and views of its output."""
     y = layer.in_proj(x)
     return Projected(*y.split([layer.conv_dim, layer.value_dim, layer.num_v_heads, layer.num_v_heads], dim=-1))
 
 
-def project_serial(layer: GatedDeltaNet, x: torch.Tensor) -> Projected:
+def project_serial(layer: GatedDeltaNet, x: torch.Tensor | Unnormed) -> Projected:
     """One GEMM after the other: [q | k | v | z], then [b | a]; or as many as there are modules where these are kept apart."""
+    x = normed(x)
     return Projected(*(y for linear, widths in layer.in_proj_groups for y in linear(x).split(widths, dim=-1)))
 
 
-def project_dual_stream(layer: GatedDeltaNet, x: torch.Tensor) -> Projected:
+def project_dual_stream(layer: GatedDeltaNet, x: torch.Tensor | Unnormed) -> Projected:
     """The same two GEMMs, at the same time on two CUDA streams."""
     qkvz_size, ba_size = layer.conv_dim + layer.value_dim, 2 * layer.num_v_heads
-    qkvz, ba = torch.ops.vllm.gdn_in_proj(x, qkvz_size, ba_size, _encode_layer_name(layer.name))
+    qkvz, ba = torch.ops.vllm.gdn_in_proj(normed(x), qkvz_size, ba_size, _encode_layer_name(layer.name))
     return Projected(*qkvz.split([layer.conv_dim, layer.value_dim], dim=-1), *ba.chunk(2, dim=-1))
 
 
@@ -108,7 +110,7 @@ def gdn_in_proj_fake(
     return hidden_states.new_empty(T, qkvz_size), hidden_states.new_empty(T, ba_size)
 
 
-IN_PROJ: dict[str, Callable[[GatedDeltaNet, torch.Tensor], Projected]] = {
+IN_PROJ: dict[str, Callable[[GatedDeltaNet, torch.Tensor | Unnormed], Projected]] = {
     "serial": project_serial,
     "dual_stream": project_dual_stream,
     "fused": project_fused,

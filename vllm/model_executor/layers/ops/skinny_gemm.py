@@ -21,6 +21,7 @@ import triton.language as tl
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fla.ops.device import dot, overlaps_launches
 
+from .rms_norm import Unnormed, normed, rows_of
 from .skinny_gemm_plan import DENSE, MAX_ROWS, Plan, plan_skinny_gemm
 
 if TYPE_CHECKING:
@@ -141,22 +142,38 @@ def skinny_gemm_triton(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor 
 
 
 def skinny_gemm_cuda(
-    x: torch.Tensor, weight: torch.Tensor | KernelWeight, out: torch.Tensor | None = None, plan: Plan | None = None
+    x: torch.Tensor | Unnormed,
+    weight: torch.Tensor | KernelWeight,
+    out: torch.Tensor | None = None,
+    plan: Plan | None = None,
 ) -> torch.Tensor:
-    """csrc/skinny_gemm.cu's form of :func:`skinny_gemm` and of :func:`quantised_gemm`, for the sizes of `ring_fits`."""
+    """csrc/skinny_gemm.cu's form of :func:`skinny_gemm` and of :func:`quantised_gemm`, for the sizes of `ring_fits`.
+
+    Rows that are still to be normalised need bfloat16, a norm's weight too, and a plain weight.
+    """
     plan = plan or Plan("ring")
     quantised = not isinstance(weight, torch.Tensor)
     values = weight.values if quantised else weight
     N, K = values.shape[0], x.shape[-1]
-    rows = _aligned(x.reshape(-1, K))
-    y = torch.empty(rows.shape[0], N, dtype=x.dtype, device=x.device) if out is None else out.view(-1, N)
+    rows = _aligned(rows_of(x).reshape(-1, K))
+    y = torch.empty(rows.shape[0], N, dtype=rows.dtype, device=rows.device) if out is None else out.view(-1, N)
+    result = y.view(*x.shape[:-1], N) if out is None else out
+    if isinstance(x, Unnormed):
+        ops.skinny_gemm_norm(y, rows, weight, x.weight, x.eps, x.plus_one, plan.ring * 1000, plan.late)
+        return result
     of_weight = (
         (weight.scale, weight.zero, weight.row_scale, weight.kind, weight.group, weight.scale_rows)
         if quantised
         else (None, None, None, "plain", 0, 1)
     )
     ops.skinny_gemm(y, rows, values, *of_weight, plan.ring * 1000, plan.late)
-    return y.view(*x.shape[:-1], N) if out is None else out
+    return result
+
+
+def skinny_gemm_add_cuda(x: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, plan: Plan | None = None) -> None:
+    """csrc/skinny_gemm.cu's form of :func:`skinny_gemm_add`, in bfloat16, for the sizes of `ring_fits`."""
+    plan, (N, K) = plan or Plan("ring"), weight.shape
+    ops.skinny_gemm_add(total.view(-1, N), _aligned(x.reshape(-1, K)), weight, plan.ring * 1000, plan.late)
 
 
 def quantised_gemm_cuda(
@@ -177,10 +194,17 @@ def _aligned(rows: torch.Tensor) -> torch.Tensor:
     return rows if inside else rows.clone(memory_format=torch.contiguous_format)
 
 
-def skinny_gemm_torch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def skinny_gemm_torch(
+    x: torch.Tensor | Unnormed, weight: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """PyTorch form of :func:`skinny_gemm`."""
-    y = F.linear(x, weight)
+    y = F.linear(normed(x), weight)
     return y if out is None else out.copy_(y)
+
+
+def skinny_gemm_add_torch(x: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> None:
+    """PyTorch form of :func:`skinny_gemm_add`."""
+    total += F.linear(x, weight)
 
 
 def few_rows(x: torch.Tensor, most: int = MAX_ROWS) -> bool:
@@ -189,14 +213,14 @@ def few_rows(x: torch.Tensor, most: int = MAX_ROWS) -> bool:
 
 
 @lru_cache
-def _gpu(device: torch.device) -> tuple[str, bool]:
+def csrc_gpu(device: torch.device) -> tuple[str, bool]:
     """Name, and whether csrc's kernel runs there. Says once where it is missing."""
     return torch.cuda.get_device_name(device), overlaps_launches(device) and ops.available(device)
 
 
 def _plan(x: torch.Tensor, N: int, kind: str = "plain", group: int = 0) -> Plan:
     K = x.shape[-1]
-    gpu, csrc = _gpu(x.device)
+    gpu, csrc = csrc_gpu(x.device)
     return plan_skinny_gemm(gpu, x.numel() // max(1, K), N, K, kind, group, csrc)
 
 
@@ -208,22 +232,37 @@ def plan_of(x: torch.Tensor, weight: torch.Tensor) -> Plan:
     return _plan(x, weight.shape[0])
 
 
-def skinny_gemm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def skinny_gemm(x: torch.Tensor | Unnormed, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weightᵀ``: a kernel made for few rows where one is faster, ``F.linear`` otherwise.
 
     The weight must not be written by the kernel right before this one in the stream: its first rows are read before that kernel ends.
 
     Args:
-        x: ``[..., D]``. weight: ``[N, D]``, any row stride. out: contiguous ``[..., N]`` to write to.
+        x: ``[..., D]``; rows still to be normalised are so on the way, where csrc's kernel takes them.
+        weight: ``[N, D]``, any row stride. out: contiguous ``[..., N]`` to write to.
 
     Returns:
         ``out``, or a new ``[..., N]`` in x's dtype; sums are float32.
     """
-    plan = plan_of(x, weight)
+    plan = plan_of(rows_of(x), weight)
     if plan.form == "ring":
-        return skinny_gemm_cuda(x, weight, out, plan)
+        folds = isinstance(x, Unnormed) and x.rows.dtype == x.weight.dtype == torch.bfloat16
+        return skinny_gemm_cuda(x if folds else normed(x), weight, out, plan)
     form = skinny_gemm_triton if plan.form in ("vector", "rows") else skinny_gemm_torch
-    return form(x, weight, out)
+    return form(normed(x), weight, out)
+
+
+def skinny_gemm_add(x: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> None:
+    """``total += x @ weightᵀ``, the product rounded to x's dtype before it is added: in one kernel where csrc's is the fastest.
+
+    Args:
+        x: ``[..., D]``. weight: as in :func:`skinny_gemm`. total: contiguous ``[..., N]`` in x's dtype, not x itself.
+    """
+    plan = plan_of(x, weight)
+    if plan.form == "ring" and x.dtype == torch.bfloat16:
+        skinny_gemm_add_cuda(x, weight, total, plan)
+    else:
+        total += skinny_gemm(x, weight)
 
 
 def quantised_gemm(x: torch.Tensor, weight: KernelWeight) -> torch.Tensor | None:

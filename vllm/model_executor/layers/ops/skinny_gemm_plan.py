@@ -105,3 +105,20 @@ def _unmeasured(M: int, N: int, K: int) -> Plan:
     if K % 64 or (M > 1 and N < 12000):
         return DENSE
     return Plan("vector" if M == 1 else "rows")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A projection behind a norm, or one whose result is added to a residual (`layers/folding.py`).
+
+    kind: how the weight [N, K] is stored, as in KernelWeight; None: in another way.
+    """
+
+    kind: str | None
+    N: int
+    K: int
+    bias: bool = False
+
+    def folds(self, rows: int, gpu: str) -> bool:
+        """Where csrc's kernel is the fastest: elsewhere another one, with the norm or the add beside it, may take less time."""
+        return self.kind == "plain" and not self.bias and plan_skinny_gemm(gpu, rows, self.N, self.K).form == "ring"

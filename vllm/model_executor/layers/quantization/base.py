@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm.config.quantization import WeightFormat
+from vllm.model_executor.layers.ops.rms_norm import Unnormed, normed
 from vllm.model_executor.layers.ops.skinny_gemm import MOST_SLICED_ROWS, few_rows, quantised_gemm
 from vllm.model_executor.parameter import Slot, Source
 
@@ -109,11 +110,16 @@ class WeightScheme(ABC):
         """The parameters as kernels read them, views of `rows`; None where no kernel reads this format: then dense copies serve."""
         return None
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+    def apply(self, layer: nn.Module, x: torch.Tensor | Unnormed, rows: slice = slice(None)) -> torch.Tensor:
         """x [..., columns] @ W[rows]ᵀ -> [..., rows]; dense copies of W are made for many rows of x only, where a kernel reads the format."""
+        x = normed(x)
         weight = self.kernel_weight(layer, "", rows) if few_rows(x, MOST_SLICED_ROWS) else None
         y = None if weight is None else quantised_gemm(x, weight)
         return F.linear(x, self.all(layer, "", rows)) if y is None else y
+
+    def add(self, layer: nn.Module, x: torch.Tensor, total: torch.Tensor) -> None:
+        """total [..., rows] += x [..., columns] @ Wᵀ, rounded in between."""
+        total += self.apply(layer, x)
 
     def process(self, layer: nn.Module, prefix: str = "") -> None:  # noqa: B027 (most formats have nothing to do)
         """Called once when all parameters are filled: repack them for the kernels."""

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from vllm.config.quantization import WeightFormat
-from vllm.model_executor.layers.ops.skinny_gemm import skinny_gemm
+from vllm.model_executor.layers.ops.rms_norm import Unnormed
+from vllm.model_executor.layers.ops.skinny_gemm import skinny_gemm, skinny_gemm_add
 from vllm.model_executor.layers.quantization.base import KernelWeight, TensorInfo, WeightScheme, take_rows
 from vllm.model_executor.parameter import Slot, Source, empty_parameter
 
@@ -59,8 +60,11 @@ class Unquantized(WeightScheme):
     def kernel_weight(self, layer: nn.Module, prefix: str = "", rows: slice = slice(None)) -> KernelWeight:
         return KernelWeight("plain", self.all(layer, prefix, rows))
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+    def apply(self, layer: nn.Module, x: torch.Tensor | Unnormed, rows: slice = slice(None)) -> torch.Tensor:
         return skinny_gemm(x, self.all(layer, "", rows))
+
+    def add(self, layer: nn.Module, x: torch.Tensor, total: torch.Tensor) -> None:
+        skinny_gemm_add(x, self.all(layer), total)
 
     def fill_dummy(self, layer: nn.Module, prefix: str, std: float, generator: torch.Generator) -> None:
         getattr(layer, f"{prefix}weight").normal_(0.0, std, generator=generator)

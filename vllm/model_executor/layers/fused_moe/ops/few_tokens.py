@@ -30,9 +30,11 @@ from vllm.model_executor.layers.fused_moe.ops.weights import (
     overlapping,
     plane_sums,
     row_tile,
+    store_sum,
     swiglu,
     tile_products,
 )
+from vllm.model_executor.layers.ops.rms_norm import Unnormed, normed, rows_of
 
 
 @triton.jit
@@ -141,11 +143,12 @@ def _down_kernel(
     S2_WORDS: tl.constexpr,
     S2_GROUP: tl.constexpr,
     S2_SCALE_ROWS: tl.constexpr,
+    ADD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """BN outputs of one token: tiles [BN, J] with the words of all its choices side by side, J = KP * BW.
 
-    EARLY: choose again from the logits, to have the first weights under way before gate_up is done.
+    EARLY: choose again from the logits, to have the first weights under way before gate_up is done. ADD: to what is in y.
     """
     t = tl.program_id(1)
     BG: tl.constexpr = groups_of(W2_GROUP, BW)
@@ -186,6 +189,9 @@ def _down_kernel(
     if EARLY and PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    old = row
+    if ADD:
+        old = tl.load(y + t * D + row)
     acc = tl.zeros([BN, KP * BG], tl.float32)
     for w0 in tl.static_range(0, W2_WORDS, BW):
         keep = (s < TOP_K) & (w0 + c < W2_WORDS)
@@ -213,7 +219,7 @@ def _down_kernel(
         if s2_factor is not None:
             ys *= tl.load(s2_factor + row)
         out += ys / (1.0 + tl.exp(-g))
-    tl.store(y + t * D + n, out.to(y.dtype.element_ty), mask=n < D)
+    store_sum(y + t * D + n, out, old, n < D, ADD)
 
 
 def _divisor(words: int, most: int) -> int:
@@ -237,7 +243,9 @@ def plan_few_tokens(T: int, top_k: int, w13_words: int, w2_words: int) -> dict[s
     return {"gate_up": gate_up, "down": down}
 
 
-def moe_few_tokens_triton(x: torch.Tensor, weights: MoEWeights, top_k: int) -> torch.Tensor:
+def moe_few_tokens_triton(
+    x: torch.Tensor | Unnormed, weights: MoEWeights, top_k: int, add_to: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """Triton form of :func:`moe_few_tokens`."""
     w, (T, D), (E, _) = weights, x.shape, weights.router.shape
     I, S = w.w13.values.shape[-2] // 2, 0 if w.s2 is None else w.s13.values.shape[-2] // 2
@@ -245,10 +253,10 @@ def moe_few_tokens_triton(x: torch.Tensor, weights: MoEWeights, top_k: int) -> t
     w2_words = w.w2.values.shape[-1]
     plan = plan_few_tokens(T, top_k, w.w13.values.shape[-1], w2_words)
     gate_up, down = plan["gate_up"], plan["down"]
-    EP, launch = triton.next_power_of_2(E), overlapping(x.device)
-    logits, hs, xp = front_triton(x.contiguous(), weights, hs_planes=s2_planes, xp_planes=w13_planes)
-    h, y = x.new_empty(T * top_k, I), x.new_empty(T, D)
-    chosen = torch.empty(T * top_k, dtype=torch.int32, device=x.device)
+    EP, launch = triton.next_power_of_2(E), overlapping(rows_of(x).device)
+    logits, hs, xp = front_triton(x, weights, hs_planes=s2_planes, xp_planes=w13_planes)
+    h, y = xp.new_empty(T * top_k, I), xp.new_empty(T, D) if add_to is None else add_to
+    chosen = torch.empty(T * top_k, dtype=torch.int32, device=xp.device)
     _gate_up_kernel[(triton.cdiv(I, gate_up["BN"]), T * top_k)](
         xp,
         logits,
@@ -280,15 +288,19 @@ def moe_few_tokens_triton(x: torch.Tensor, weights: MoEWeights, top_k: int) -> t
         KP=triton.next_power_of_2(top_k),
         EP=EP,
         BS=triton.next_power_of_2(w.s2.values.shape[-1]) if S else 1,
+        ADD=add_to is not None,
         RUN=_divisor(w2_words, min(down["BW"], 16 // w.w2.values.element_size())),
         **down,
         **launch,
     )
-    return y
+    return y if add_to is None else None
 
 
-def moe_few_tokens_torch(x: torch.Tensor, weights: MoEWeights, top_k: int) -> torch.Tensor:
+def moe_few_tokens_torch(
+    x: torch.Tensor | Unnormed, weights: MoEWeights, top_k: int, add_to: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """PyTorch form of :func:`moe_few_tokens`: all experts for all tokens, in float32."""
+    x = normed(x)
     wide = x.float()
     logits = wide @ weights.router.float().T  # [T, E]
     best, experts = logits.topk(top_k, dim=-1)
@@ -297,7 +309,10 @@ def moe_few_tokens_torch(x: torch.Tensor, weights: MoEWeights, top_k: int) -> to
     y = (y * best.softmax(-1)[..., None]).sum(1)
     if weights.s13 is not None:
         y = y + _swiglu(wide, dense(weights.s13), dense(weights.s2)) * (wide @ weights.gate.float().T).sigmoid()
-    return y.to(x.dtype)
+    if add_to is None:
+        return y.to(x.dtype)
+    add_to += y.to(x.dtype)
+    return None
 
 
 def _swiglu(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
@@ -305,15 +320,18 @@ def _swiglu(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tenso
     return (F.silu(gate) * up) @ w2.mT
 
 
-def moe_few_tokens(x: torch.Tensor, weights: MoEWeights, top_k: int) -> torch.Tensor:
+def moe_few_tokens(
+    x: torch.Tensor | Unnormed, weights: MoEWeights, top_k: int, add_to: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """Each token's top_k experts by softmax over the router's logits, weighted and renormalised, plus the gated shared expert.
 
     Weights must not be written by the kernel right before in the stream: they are read before that kernel ends.
 
     Args:
         x: [T, D] in bfloat16 or float16. weights: as `fits` wants them.
+        add_to: contiguous [T, D] in x's dtype that the result, rounded to it, is added to. It may be x's own rows, still to be normalised.
 
     Returns:
-        [T, D] in x's dtype; sums are float32, what goes between gate_up and down is x's dtype.
+        [T, D] in x's dtype, None with `add_to`; sums are float32, what goes between gate_up and down is x's dtype.
     """
-    return (moe_few_tokens_triton if x.is_cuda else moe_few_tokens_torch)(x, weights, top_k)
+    return (moe_few_tokens_triton if rows_of(x).is_cuda else moe_few_tokens_torch)(x, weights, top_k, add_to)

@@ -27,6 +27,7 @@ from vllm.model_executor.layers.fused_moe.ops.weights import (
     offset,
     operands,
     overlapping,
+    store_sum,
     swiglu,
 )
 
@@ -229,21 +230,33 @@ def _grouped_down_kernel(
 
 @triton.jit
 def _combine_kernel(
-    y, shares, shared, gate, out, D, stride_gate, TOP_K: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr
+    y,
+    shares,
+    shared,
+    gate,
+    out,
+    D,
+    stride_gate,
+    TOP_K: tl.constexpr,
+    BD: tl.constexpr,
+    ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """BD outputs of one token: its choices by their shares, and the shared expert by its gate."""
+    """BD outputs of one token: its choices by their shares, and the shared expert by its gate. ADD: to what is in out."""
     t, d = tl.program_id(1).to(tl.int64), tl.program_id(0) * BD + tl.arange(0, BD)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    acc = tl.zeros([BD], tl.float32)
+    acc, old = tl.zeros([BD], tl.float32), d
+    if ADD:
+        old = tl.load(out + t * D + d, mask=d < D, other=0.0)
     for k in tl.static_range(TOP_K):
         share = tl.load(shares + t * TOP_K + k)
         acc += share * tl.load(y + (t * TOP_K + k) * D + d, mask=d < D, other=0.0).to(tl.float32)
     if shared is not None:
         g = tl.load(gate + t * stride_gate).to(tl.float32)
         acc += tl.load(shared + t * D + d, mask=d < D, other=0.0).to(tl.float32) / (1.0 + tl.exp(-g))
-    tl.store(out + t * D + d, acc.to(out.dtype.element_ty), mask=d < D)
+    store_sum(out + t * D + d, acc, old, d < D, ADD)
 
 
 @triton.jit
@@ -338,24 +351,38 @@ def experts_torch(x: torch.Tensor, routed: Routed, w13: KernelWeight, w2: Kernel
 
 
 def combine_triton(
-    y: torch.Tensor, shares: torch.Tensor, shared: torch.Tensor | None = None, gate: torch.Tensor | None = None
-) -> torch.Tensor:
+    y: torch.Tensor,
+    shares: torch.Tensor,
+    shared: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    add_to: torch.Tensor | None = None,
+) -> torch.Tensor | None:
     """Triton form of :func:`combine_torch`."""
     (T, top_k), D = shares.shape, y.shape[1]
-    out = y.new_empty(T, D)
+    out = y.new_empty(T, D) if add_to is None else add_to
     stride = 0 if gate is None else gate.stride(0)
     BD = min(1024, triton.next_power_of_2(D))
-    launch = {"TOP_K": top_k, "BD": BD, "num_warps": 4} | overlapping(y.device)
+    launch = {"TOP_K": top_k, "BD": BD, "ADD": add_to is not None, "num_warps": 4} | overlapping(y.device)
     _combine_kernel[(triton.cdiv(D, BD), T)](y, shares, shared, gate, out, D, stride, **launch)
-    return out
+    return out if add_to is None else None
 
 
 def combine_torch(
-    y: torch.Tensor, shares: torch.Tensor, shared: torch.Tensor | None = None, gate: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Sum over a token's choices y [T * k, D] by shares [T, k], plus sigmoid(gate [T, 1]) * shared [T, D]."""
+    y: torch.Tensor,
+    shares: torch.Tensor,
+    shared: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    add_to: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Sum over a token's choices y [T * k, D] by shares [T, k], plus sigmoid(gate [T, 1]) * shared [T, D].
+
+    With `add_to` [T, D], contiguous and in y's dtype, the sum is rounded, added to it in place, and None returned.
+    """
     T, top_k = shares.shape
     out = (y.float().view(T, top_k, -1) * shares[..., None]).sum(1)
     if shared is not None:
         out = out + gate.float().sigmoid() * shared.float()
-    return out.to(y.dtype)
+    if add_to is None:
+        return out.to(y.dtype)
+    add_to += out.to(y.dtype)
+    return None

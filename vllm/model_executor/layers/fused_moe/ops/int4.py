@@ -16,6 +16,7 @@ from vllm.model_executor.layers.fla.ops.device import overlaps_launches
 from vllm.model_executor.layers.fused_moe.ops.front import front_triton
 from vllm.model_executor.layers.fused_moe.ops.route import Routed
 from vllm.model_executor.layers.fused_moe.ops.weights import MoEWeights
+from vllm.model_executor.layers.ops.rms_norm import Unnormed
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base import KernelWeight
@@ -80,18 +81,19 @@ def _parts(weight: KernelWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return weight.values, weight.scale.contiguous(), zero
 
 
-def moe_few_tokens_cuda(x: torch.Tensor, weights: MoEWeights, top_k: int) -> torch.Tensor:
+def moe_few_tokens_cuda(
+    x: torch.Tensor | Unnormed, weights: MoEWeights, top_k: int, add_to: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """csrc's form of :func:`~.few_tokens.moe_few_tokens`, for what `fits_int4` lets through."""
     w, T = weights, x.shape[0]
-    x = x.contiguous()
-    logits, hs, _ = front_triton(x, w, hs_planes=1, xp_planes=1)
-    h, y = x.new_empty(T * top_k, w.w2.values.shape[-1] * 8), torch.empty_like(x)
+    logits, hs, x = front_triton(x, w, hs_planes=1, xp_planes=1)
+    h, y = x.new_empty(T * top_k, w.w2.values.shape[-1] * 8), torch.empty_like(x) if add_to is None else add_to
     chosen = torch.empty(T * top_k, dtype=torch.int32, device=x.device)
     ops.experts_gate_up_token(h, x, *_parts(w.w13), logits, chosen, top_k)
     shared = (None, None) if w.s2 is None else (hs, w.s2.values)
     # choosing again hides the way to the weights' addresses, which with more tokens other blocks do
-    ops.experts_down_token(y, h, *_parts(w.w2), *shared, logits, chosen, top_k, T == 1)
-    return y
+    ops.experts_down_token(y, h, *_parts(w.w2), *shared, logits, chosen, top_k, T == 1, add_to is not None)
+    return y if add_to is None else None
 
 
 def experts_cuda(x: torch.Tensor, routed: Routed, w13: KernelWeight, w2: KernelWeight) -> torch.Tensor:

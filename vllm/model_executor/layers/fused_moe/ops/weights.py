@@ -183,6 +183,20 @@ def load_planes(at, stride, keep, P: tl.constexpr):
     return planes
 
 
+@triton.jit
+def normed_planes(xs, ws, D: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr):
+    """P planes of one row xs [BW] behind an RMS norm of weight ws + OFFSET, in their dtype; 0.0 past the row's D elements."""
+    squares = tl.zeros(xs[0].shape, tl.float32)
+    for i in tl.static_range(P):
+        x_i = xs[i].to(tl.float32)
+        squares += x_i * x_i
+    inverse = tl.rsqrt(tl.sum(squares, axis=0) / D + EPS)
+    out = ()
+    for i in tl.static_range(P):
+        out += ((xs[i].to(tl.float32) * inverse * (ws[i].to(tl.float32) + OFFSET)).to(xs[i].dtype),)
+    return out
+
+
 @triton.constexpr_function
 def groups_of(GROUP, BW):
     """Columns BG of the scales of BW words: products of a tile are summed that far. Without scales the words themselves."""
@@ -260,6 +274,15 @@ def tile_products(w, s, z, xs, shift, total, P: tl.constexpr, KIND: tl.constexpr
             acc -= z * _sum_groups(total[None, :], BG, BW)
         acc *= s
     return acc
+
+
+@triton.jit
+def store_sum(at, value, old, keep, ADD: tl.constexpr):
+    """Stores a float32 value in the dtype of `at`; with ADD its sum with `old`, the value rounded first as if it were stored."""
+    value = value.to(at.dtype.element_ty)
+    if ADD:
+        value = (value.to(tl.float32) + old.to(tl.float32)).to(value.dtype)
+    tl.store(at, value, mask=keep)
 
 
 @triton.jit
