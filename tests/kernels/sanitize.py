@@ -25,7 +25,13 @@ from vllm.model_executor.layers.fla.ops import (
 from vllm.model_executor.layers.fla.ops.fused_decode import fused_gdn_decode_triton
 from vllm.model_executor.layers.fla.ops.fused_decode_cuda import fused_gdn_decode_cuda
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from vllm.model_executor.layers.ops.skinny_gemm import quantised_gemm_cuda, skinny_gemm_cuda, skinny_gemm_triton
+from vllm.model_executor.layers.ops.rms_norm import Unnormed
+from vllm.model_executor.layers.ops.skinny_gemm import (
+    quantised_gemm_cuda,
+    skinny_gemm_add_cuda,
+    skinny_gemm_cuda,
+    skinny_gemm_triton,
+)
 
 
 def decode(csrc: bool) -> None:
@@ -86,7 +92,10 @@ def projections(csrc: bool) -> None:
         return
     for rows, columns in itertools.product((1, 9, 32), (512, 2048)):
         x = torch.randn(rows, columns, device="cuda").bfloat16()
-        skinny_gemm_cuda(x, torch.randn(1100, columns, device="cuda").bfloat16())
+        weight, norm = (torch.randn(*shape, columns, device="cuda").bfloat16() for shape in ((1100,), ()))
+        skinny_gemm_cuda(x, weight)
+        skinny_gemm_cuda(Unnormed(x, norm, 1e-6, True), weight)
+        skinny_gemm_add_cuda(x, weight, torch.randn(rows, 1100, device="cuda").bfloat16())
     for form in QUANTISED:
         skinny_gemm_cuda(torch.randn(9, 2048, device="cuda").bfloat16(), quantised(form, 45, 2048))
     for form, rows in itertools.product([form for form in QUANTISED if form not in ("fp4", "fp8 128")], (1, 9, 20)):

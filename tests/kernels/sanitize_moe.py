@@ -11,6 +11,7 @@ from vllm.model_executor.layers.fused_moe.ops.few_tokens import moe_few_tokens_t
 from vllm.model_executor.layers.fused_moe.ops.grouped import by_planes_triton, combine_triton, experts_triton
 from vllm.model_executor.layers.fused_moe.ops.int4 import BLOCK, experts_cuda, moe_few_tokens_cuda
 from vllm.model_executor.layers.fused_moe.ops.route import route_triton
+from vllm.model_executor.layers.ops.rms_norm import Unnormed
 
 E, D, I, S, TOP_K = 6, 384, 128, 96, 3
 
@@ -23,6 +24,8 @@ def few(form: str) -> None:
                 x, layer(E, D, I, S if shared == "plain" else 128, form, x.dtype, "cuda", shared), TOP_K
             )
         moe_few_tokens_triton(x, layer(E, D, I, 0, form, x.dtype, "cuda"), TOP_K)
+        rows = Unnormed(x, torch.randn(D, device="cuda").to(x.dtype), 1e-6, True)
+        moe_few_tokens_triton(rows, layer(E, D, I, S, form, x.dtype, "cuda"), TOP_K, x)
 
 
 def many(form: str) -> None:
@@ -32,6 +35,7 @@ def many(form: str) -> None:
         routed = route_triton(logits, E, TOP_K, block)
         y = experts_triton(by_planes_triton(x, weights.w13.kind), routed, weights.w13, weights.w2)
         combine_triton(y, routed.shares, x, logits[:, E:])
+        combine_triton(y, routed.shares, x.clone(), logits[:, E:], x)
 
 
 def int4(form: str) -> None:
@@ -40,6 +44,7 @@ def int4(form: str) -> None:
         x = torch.randn(T, D, device="cuda").bfloat16()
         for shared in (S, 0):
             moe_few_tokens_cuda(x, layer(E, D, I, shared, form, x.dtype, "cuda"), TOP_K)
+            moe_few_tokens_cuda(x, layer(E, D, I, shared, form, x.dtype, "cuda"), TOP_K, x)
     weights = layer(E, D, I, 0, form, torch.bfloat16, "cuda")
     for T in (1, 20):
         x, logits = torch.randn(T, D, device="cuda").bfloat16(), torch.randn(T, E, device="cuda")

@@ -10,6 +10,7 @@ from vllm.model_executor.layers.fused_moe.ops.weights import dense
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.ops import skinny_gemm as module
 from vllm.model_executor.layers.ops import skinny_gemm_plan as plan_module
+from vllm.model_executor.layers.ops.rms_norm import Unnormed, normed
 from vllm.model_executor.layers.ops.skinny_gemm import (
     few_rows,
     plan_of,
@@ -18,6 +19,8 @@ from vllm.model_executor.layers.ops.skinny_gemm import (
     reads,
     reads_any_width,
     skinny_gemm,
+    skinny_gemm_add,
+    skinny_gemm_add_cuda,
     skinny_gemm_cuda,
     skinny_gemm_torch,
     skinny_gemm_triton,
@@ -222,6 +225,85 @@ def test_ring_matches_linear(K, dtype):
             assert_close(out, skinny_gemm_torch(x, weight), TOLERANCE[dtype], f"{M} x {N}")
     odd = torch.randn(3, K + 1, device="cuda").to(dtype)[:, 1:]  # not aligned
     assert_close(skinny_gemm_cuda(odd, weight), skinny_gemm_torch(odd, weight), TOLERANCE[dtype])
+
+
+def behind_norm(x: torch.Tensor) -> Unnormed:
+    return Unnormed(x, (torch.randn(x.shape[-1]) * 0.3).to(x), 1e-6, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_in_front_and_an_add_behind(dtype):
+    """In PyTorch: bit for bit what they are as steps of their own."""
+    x, weight, total = torch.randn(2, 3, 64).to(dtype), torch.randn(8, 64).to(dtype), torch.randn(2, 3, 8).to(dtype)
+    rows = behind_norm(x)
+    y = skinny_gemm(normed(rows), weight)
+    assert torch.equal(skinny_gemm(rows, weight), y) and torch.equal(skinny_gemm_torch(rows, weight), y)
+    want = total + skinny_gemm(x, weight)
+    skinny_gemm_add(x, weight, total)
+    assert torch.equal(total, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("K", [512, 2048, 4096])
+def test_ring_folds(K):
+    """The add is exact; a norm's scale may differ in its last bit, which turns few roundings of x."""
+    need_csrc()
+    for N, M in itertools.product((1, 8, 45, 1056, 12352), (1, 3, 8, 9, 16, 17, 32)):
+        if not ring_fits(M, K, "plain"):
+            continue
+        x = (torch.randn(M, K + 64, device="cuda") * 3).bfloat16()[:, 64:]
+        weight = (torch.randn(N, K, device="cuda") * K**-0.5).bfloat16()
+        rows, before = behind_norm(x), torch.randn(M, N, device="cuda").bfloat16()
+        for plan in (Plan("ring"), Plan("ring", 220, 99), Plan("ring", 99, 2)):
+            out = torch.full((M, N), float("nan"), device="cuda", dtype=x.dtype)
+            assert skinny_gemm_cuda(rows, weight, out, plan) is out
+            alone = skinny_gemm_cuda(normed(rows), weight, plan=plan)
+            assert_close(out, alone, 2**-7, f"norm, {M} x {N}")
+            assert (out != alone).double().mean() <= max(0.02, 2 / out.numel()), f"norm, {M} x {N}"
+            total = before.clone()
+            skinny_gemm_add_cuda(x, weight, total, plan)
+            assert torch.equal(total, before + skinny_gemm_cuda(x, weight, plan=plan)), f"add, {M} x {N}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 2, 8, 16])
+def test_one_residual_in_a_chain(M):
+    """Captured: each kernel reads the residual that the one before it has added to, and may start before that one ends."""
+    need_csrc()
+    wide = (torch.randn(12352, 2048, device="cuda") * 2048**-0.5).bfloat16()
+    back = (torch.randn(2048, 4096, device="cuda") * 4096**-0.5).bfloat16()
+    start, norm = torch.randn(M, 2048, device="cuda").bfloat16(), torch.randn(2048, device="cuda").bfloat16() * 0.3
+
+    def step(settle=lambda: None):
+        residual = start * 1.0
+        for _ in range(6):
+            settle()
+            y = skinny_gemm_cuda(Unnormed(residual, norm, 1e-6, True), wide, plan=Plan("ring", 220, 99))
+            settle()
+            skinny_gemm_add_cuda(y[:, :4096], back, residual, Plan("ring", 220, 99))
+        settle()
+        return residual
+
+    alone = step(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        residual = step()
+    for _ in range(20):
+        residual.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(residual, alone)
+
+
+@pytest.mark.gpu
+def test_what_folding_needs():
+    need_csrc()
+    x, weight = torch.randn(2, 2048, device="cuda").bfloat16(), torch.randn(8, 2048, device="cuda").bfloat16()
+    with pytest.raises(RuntimeError, match="side by side"):
+        skinny_gemm_cuda(Unnormed(x, torch.zeros(2048, device="cuda"), 1e-6, True), weight)
+    with pytest.raises(RuntimeError, match="must be bfloat16"):
+        skinny_gemm_add_cuda(x.half(), weight.half(), torch.zeros(2, 8, device="cuda").half())
+    with pytest.raises(RuntimeError, match="out must be"):
+        skinny_gemm_add_cuda(x, weight, torch.zeros(3, 8, device="cuda").bfloat16())
 
 
 @pytest.mark.gpu
