@@ -201,8 +201,8 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
       barrier_init(full_at + 8 * i, 1);
       barrier_init(empty_at + 8 * i, kWarps);
     }
-    barrier_init(summed_at, kWarps);
-    barrier_init(summed_at + 8, kWarps);
+    barrier_init(summed_at, kWarps * 32);
+    barrier_init(summed_at + 8, kWarps * 32);
     barrier_init_done();
   }
   __syncthreads();
@@ -418,8 +418,7 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
       if (kXTiles == 1) two.x += acc[kChains - 1][0][2], two.y += acc[kChains - 1][0][3];
       *reinterpret_cast<float2*>(sums + j * 64) = two;
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(summed_at + 8 * (tile & 1));
+    barrier_arrive(summed_at + 8 * (tile & 1));  // every lane for itself: what it wrote and has read is done
   }
   if (tiles > 0) finish(tiles - 1, row_scale, old);
 #endif
