@@ -19,6 +19,7 @@ from vllm.model_executor.layers.fused_moe.ops import few_tokens, front, grouped
 from vllm.model_executor.layers.fused_moe.ops.route import route_triton
 from vllm.model_executor.layers.mamba.ops import causal_conv1d
 from vllm.model_executor.layers.ops import attention_prefill
+from vllm.model_executor.layers.ops.rms_norm import Unnormed
 from vllm.v1.worker.warm_up import _LENGTHS
 
 D, E, TOP_K, I = 2048, 256, 8, 512  # of the 35B model
@@ -88,21 +89,27 @@ class Layers:
         layernorm_guard.rmsnorm_gated_triton(o[0], torch.zeros(WIDTH), z.unflatten(-1, (-1, WIDTH)))
 
     def _experts(self, T: int) -> None:
-        x, weights = torch.zeros(T, D, dtype=DTYPE), self.experts
+        x = torch.zeros(T, D, dtype=DTYPE)
+        self._experts_of(x, x, None)
+        if T <= 16:  # as many as fold norms and adds on a GPU that was measured
+            self._experts_of(x, Unnormed(x, torch.zeros(D, dtype=DTYPE), 1e-6, True), x)
+
+    def _experts_of(self, x: torch.Tensor, rows: torch.Tensor | Unnormed, add_to: torch.Tensor | None) -> None:
+        T, weights = x.shape[0], self.experts
         plan = plan_experts(
             T, TOP_K, E, device="cuda", kernels=True, tiles=True, grouped_matmul=True, dense_is_free=False
         )
         if plan.way == "few":
-            few_tokens.moe_few_tokens_triton(x, weights, TOP_K)
+            few_tokens.moe_few_tokens_triton(rows, weights, TOP_K, add_to)
             return
         by_front = T <= FRONT_TOKENS
         if by_front:
-            front.front_triton(x, weights, hs_planes=1, xp_planes=8)
+            front.front_triton(rows, weights, hs_planes=1, xp_planes=8)
         else:
             grouped.by_planes_triton(x, "int4")
         routed = route_triton(torch.zeros(T, E + by_front), E, TOP_K, plan.block)
         y = grouped.experts_triton(x, routed, weights.w13, weights.w2)
-        grouped.combine_triton(y, routed.shares, x, x[:, :1])
+        grouped.combine_triton(y, routed.shares, x, x[:, :1], add_to)
 
 
 def compiled_by(layers: Layers, T: int) -> dict[str, str]:

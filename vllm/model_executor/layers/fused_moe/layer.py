@@ -154,7 +154,7 @@ class FusedMoE(nn.Module):
             dense_is_free=self.scheme13.all_is_view and self.scheme2.all_is_view,
         )
         if add_to is not None and (self.group.size > 1 or plan.way not in ("few", "tiles") or rows.shape[0] > PIECE):
-            return plus(add_to, self(x, router, shared))
+            return plus(add_to, self.forward(x, router, shared))
         if plan.way == "few":
             y = (moe_few_tokens_cuda if plan.csrc else moe_few_tokens)(x, weights, self.top_k, add_to)
             return y if y is None else tensor_model_parallel_all_reduce(y)
