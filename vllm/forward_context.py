@@ -8,6 +8,8 @@ A step's tokens are one flat batch of T tokens of S sequences, decoding sequence
 
     rows 0 .. num_decodes-1        one token each, of sequences that already have state
     rows num_decodes ..            chunks of prompts, sequence after sequence
+
+Rows behind the last chunk belong to nobody. Where a CUDA graph has to hold for every length, only the device's tensors say where that is.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ PAD_SLOT_ID = -1
 class PagedAttentionMetadata:
     """Where each token's keys and values go, and what each sequence may look at.
 
-    Host copies (`*_cpu`) are tuples of ints, so that code that loops over sequences never waits for the device.
+    Host copies (`*_cpu`) are tuples of ints, so that code that loops over sequences never waits for the device; None where the host's
+    knowledge must not shape the work.
     """
 
     num_decodes: int
@@ -37,8 +40,8 @@ class PagedAttentionMetadata:
     seq_lens: torch.Tensor  # [S] int32: tokens of the sequence after this step
     block_table: torch.Tensor  # [S, max_pages] int32; unused entries point at page 0, which is nobody's
     slot_mapping: torch.Tensor  # [T] int64: page * block_size + offset; PAD_SLOT_ID for padding rows
-    query_lens_cpu: tuple[int, ...]  # [S]
-    seq_lens_cpu: tuple[int, ...]  # [S]
+    query_lens_cpu: tuple[int, ...] | None  # [S]
+    seq_lens_cpu: tuple[int, ...] | None  # [S]
     max_query_len: int
     max_seq_len: int
 
@@ -49,10 +52,10 @@ class GDNAttentionMetadata:
 
     num_decodes: int
     num_prefills: int
-    num_prefill_tokens: int
+    num_prefill_tokens: int  # with the rows behind the last chunk where lengths are the device's alone
     state_indices: torch.Tensor  # [S] int32: slot of each sequence; PAD_SLOT_ID for padding rows
     prefill_query_start_loc: torch.Tensor  # [num_prefills+1] int32, relative to row num_decodes
-    prefill_query_lens_cpu: tuple[int, ...]  # [num_prefills]
+    prefill_query_lens_cpu: tuple[int, ...] | None  # [num_prefills]; None as in PagedAttentionMetadata
     prefill_has_initial_state: torch.Tensor  # [num_prefills] bool: False on a sequence's first chunk
     # Chunks of the prefill kernels, the same for every layer (fla/ops/index.py); None where PyTorch computes them
     prefill_chunk_indices: torch.Tensor | None = None  # [chunks, 2] int32: sequence, chunk within it

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -27,8 +29,8 @@ def check(case):
     # the PyTorch form attends to whole prompts as they were before float8
     tolerance = 0.15 if case.clean.float8 else 2 * TOLERANCE[case.dtype]
     assert_close(got[begin:end], want[begin:end], tolerance, "out")
-    # decoding rows and padding are not its business
-    assert got[:begin].isnan().all() and got[end:].isnan().all()
+    # decoding rows are not its business; those behind the last chunk come out as zeros, whatever they held
+    assert got[:begin].isnan().all() and (got[end:] == 0).all()
     mine = case.written.clone()
     mine.view(-1)[case.meta.slot_mapping[:begin].clamp(min=0)] = False
     kept = case.used | mine
@@ -69,6 +71,26 @@ def test_more_sequences_than_one_look_holds(device, small_tiles):
     """The search for a tile's sequence goes on past the first 64 starts, over empty chunks too."""
     work = [(3, i % 3 * 2) for i in range(70)]
     check(AttentionCase(work, 1, 1, 64, 32, device=device))
+
+
+@pytest.mark.parametrize("pad_tokens", [1, 9, 50])
+def test_rows_behind_the_last_chunk(device, small_tiles, pad_tokens):
+    """Whole tiles of them, and an empty last chunk in front of them."""
+    for work in ([(0, 5)], [(18, 33)], [(4, 1), (0, 7), (9, 0)]):
+        check(AttentionCase(work, 6, 2, 64, 32, pad_tokens=pad_tokens, device=device))
+
+
+@pytest.mark.parametrize("before,now", [(0, 1), (0, 16), (31, 7), (40, 40)])
+def test_lengths_that_only_the_device_knows(device, small_tiles, before, now):
+    case = AttentionCase([(before, now)], 4, 2, 64, 32, pad_tokens=41 - now, device=device)
+    forget = {"query_lens_cpu": None, "seq_lens_cpu": None, "max_query_len": 41, "max_seq_len": 1 << 18}
+    want = case.out()
+    attention_prefill_torch(case.clean_rows, case.clean, case.clean_meta, case.scale, want)
+    for form, meta in ((attention_prefill_torch, case.clean_meta), (attention_prefill_triton, case.meta)):
+        pages, got = case.poisoned_pages(), case.out()
+        rows = case.rows if form is attention_prefill_triton else case.clean_rows
+        form(rows, pages, dataclasses.replace(meta, **forget), case.scale, got)
+        assert_close(got, want, 2e-5, form.__name__)
 
 
 def test_no_chunks(device):

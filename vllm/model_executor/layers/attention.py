@@ -67,14 +67,13 @@ class Attention(nn.Module):
             return (self(q, k, v) * gate.sigmoid()).flatten(1)
         meta, pages = get_forward_context().attn, self._pages
         out = torch.empty(qkv.shape[0], self.num_heads * self.head_size, dtype=qkv.dtype, device=qkv.device)
-        end = meta.num_decodes
-        if end:
-            attention_decode(rows.part(0, end), pages, meta.block_table, meta.seq_lens[:end], self.scale, out[:end])
+        d = meta.num_decodes
+        if d:
+            attention_decode(rows.part(0, d), pages, meta.block_table, meta.seq_lens[:d], self.scale, out[:d])
         if meta.num_prefills:
             attention_prefill(rows, pages, meta, self.scale, out)
-            end = sum(meta.query_lens_cpu)
-        if end < qkv.shape[0]:
-            out[end:] = 0
+        elif d < qkv.shape[0]:
+            out[d:] = 0
         return out
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -85,12 +84,9 @@ class Attention(nn.Module):
         meta, pages = get_forward_context().attn, self._pages
         write_pages(pages, k, v, meta.slot_mapping)
         out = torch.empty_like(q)
-        d, end = meta.num_decodes, sum(meta.query_lens_cpu)
+        d = meta.num_decodes
         if d:
             used = -(-max(meta.max_seq_len, 1) // pages.block_size)
             out[:d] = attend_decode(q[:d], pages, meta.block_table[:d, :used], meta.seq_lens[:d], self.scale)
-        if meta.num_prefills:
-            attend_chunks(q, k, v, pages, meta, self.scale, out)
-        if end < q.shape[0]:
-            out[end:] = 0
+        attend_chunks(q, k, v, pages, meta, self.scale, out)
         return out

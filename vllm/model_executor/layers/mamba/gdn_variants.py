@@ -243,8 +243,8 @@ class PrefillOps(NamedTuple):
 
 def prefill_chunked(ops: PrefillOps, layer: GatedDeltaNet, p: Projected, meta: GDNAttentionMetadata) -> torch.Tensor:
     """Convolution, gating, chunked delta rule and gated norm, from the chunks' slots (zeros at a prompt's start) and back."""
-    slots = meta.state_indices[meta.num_decodes :]
-    starts = list(accumulate(meta.prefill_query_lens_cpu, initial=0))
+    slots, lens = meta.state_indices[meta.num_decodes :], meta.prefill_query_lens_cpu
+    starts = None if lens is None else list(accumulate(lens, initial=0))
     mixed_qkv = ops.conv(
         p.mixed_qkv.T,
         layer.conv1d_weight,

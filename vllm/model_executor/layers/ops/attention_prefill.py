@@ -2,7 +2,8 @@
 
 The query heads of one key/value head are rows of the same tile, so that a tile of keys serves all of them: a tile of 128 rows is
 16 tokens of 8 heads. Every chunk reads its keys from the pages, those of its own tokens too ("FlashAttention-2", arXiv 2307.08691, for
-the running softmax). Tiles of all sequences are one grid whose size follows from numbers that the host knows; each program finds its sequence.
+the running softmax). Tiles of all sequences are one grid whose size follows from the number of rows; each program finds its sequence, and
+how long that is, in tensors of the device.
 """
 
 from functools import lru_cache
@@ -36,6 +37,7 @@ def _prepare_kernel(
     values,
     slot_mapping,
     queries,
+    out,
     first,
     eps,
     inverse_k_scale,
@@ -53,7 +55,7 @@ def _prepare_kernel(
     GP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One key/value head of one token, and its query heads."""
+    """One key/value head of one token, and its query heads. What attention makes of a token of nobody: zeros."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -79,6 +81,9 @@ def _prepare_kernel(
         place = slot // PAGE * stride_page + (slot % PAGE * HKV + head) * D + d[None, :]
         tl.store(keys + place, as_stored(k, inverse_k_scale, FLOAT8, STORED), mask=(d < D)[None, :])
         tl.store(values + place, as_stored(v, inverse_v_scale, FLOAT8, STORED), mask=(d < D)[None, :])
+    else:
+        at = out + (row * HKV + head) * (G * D) + g[:, None] * D + d[None, :]
+        tl.store(at, tl.zeros([GP, BD], out.dtype.element_ty), mask=(g < G)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -211,7 +216,7 @@ def attention_prefill_triton(
     constants = row_constants(rows, pages)
     heads, D = constants["G"] * constants["HKV"], constants["D"]
     first, sequences = meta.num_decodes, meta.num_prefills
-    tokens = sum(meta.query_lens_cpu[first:])
+    tokens = rows.qkv.shape[0] - first
     if not out.is_contiguous() or out.shape != (rows.qkv.shape[0], heads * D) or meta.block_table.stride(1) != 1:
         raise ValueError(
             f"out must be a contiguous [{rows.qkv.shape[0]}, {heads * D}] and rows of the block table contiguous, got "
@@ -233,6 +238,7 @@ def attention_prefill_triton(
         values,
         meta.slot_mapping,
         queries,
+        out,
         first,
         rows.eps,
         1.0 / pages.k_scale,
@@ -272,12 +278,12 @@ def attention_prefill_torch(
     rows: ProjectedRows, pages: Pages, meta: PagedAttentionMetadata, scale: float, out: torch.Tensor
 ) -> torch.Tensor:
     """PyTorch form of :func:`attention_prefill`."""
-    begin, end = meta.num_decodes, sum(meta.query_lens_cpu)
+    begin = meta.num_decodes
     q, gate, k, v = prepare_torch(rows, pages.keys.shape[2])
-    write_pages(pages, *(x[begin:end] for x in (k, v, meta.slot_mapping)))
+    write_pages(pages, *(x[begin:] for x in (k, v, meta.slot_mapping)))
     y = torch.empty_like(q)
     attend_chunks(q, k, v, pages, meta, scale, y)
-    out[begin:end] = (y[begin:end] * gate[begin:end].sigmoid()).flatten(1)
+    out[begin:] = (y[begin:] * gate[begin:].sigmoid()).flatten(1)
     return out
 
 
@@ -290,7 +296,7 @@ def attention_prefill(
         rows: of all T tokens of the step, decoding rows too, which are left alone; bfloat16 or float16 (the PyTorch form: any).
         meta: of the step. Chunks of no tokens, and sequences that end before their last page does, are fine.
         scale: factor on the scores.
-        out: contiguous [T, H*D], written at the rows of chunks.
+        out: contiguous [T, H*D], written at the rows of chunks; zeros at those behind.
 
     Returns:
         out.

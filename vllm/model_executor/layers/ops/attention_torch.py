@@ -11,6 +11,7 @@ Query heads of one key/value head are handled as further queries of the same pos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -157,6 +158,13 @@ def attend_decode(
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
+def host_lengths(meta: PagedAttentionMetadata) -> tuple[Sequence[int], Sequence[int]]:
+    """Tokens of each sequence in this step, and after it. Where only the device knows, it is asked: nothing on a CPU, on a GPU a wait."""
+    if meta.query_lens_cpu is None:
+        return meta.query_start_loc.diff().tolist(), meta.seq_lens.tolist()
+    return meta.query_lens_cpu, meta.seq_lens_cpu
+
+
 def attend_chunks(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -166,13 +174,14 @@ def attend_chunks(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """Fill out [T, H, D] at the rows of prompt chunks, sequence by sequence, by the lengths that the host knows.
+    """Fill out [T, H, D] at the rows of prompt chunks, sequence by sequence, and with zeros behind the last.
 
     q [T, H, D], k and v [T, Hkv, D] are all rows of the step; keys and values are in the pages already.
     """
     begin = meta.num_decodes
+    query_lens, seq_lens = host_lengths(meta)
     for s in range(meta.num_decodes, meta.num_decodes + meta.num_prefills):
-        length, context = meta.query_lens_cpu[s], meta.seq_lens_cpu[s]
+        length, context = query_lens[s], seq_lens[s]
         rows = slice(begin, begin + length)
         begin += length
         if length == 0:
@@ -183,6 +192,7 @@ def attend_chunks(
             table = meta.block_table[s, : -(-context // pages.block_size)]
             keys, values = (x[:context] for x in read_pages(pages, table, q.dtype))
         out[rows] = _causal(q[rows], keys.to(q.dtype), values.to(q.dtype), scale)
+    out[begin:] = 0
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
