@@ -7,20 +7,22 @@ from vllm.config.scheduler import PERFORMANCE_MODES
 
 
 @pytest.mark.parametrize(
-    ("given", "graphs"),
+    ("given", "decode", "prompt"),
     [
-        ({}, True),
-        ({"enforce_eager": True}, False),
-        ({"optimization_level": 0}, False),
-        ({"optimization_level": 3}, True),
-        ({"compilation_config": {"cudagraph_mode": "NONE"}}, False),
-        ({"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY", "mode": 0}}, True),
-        ({"compilation_config": {"cudagraph_mode": "full"}}, True),
-        ({"compilation_config": {"cudagraph_mode": "FULL"}, "enforce_eager": True}, False),
+        ({}, True, False),
+        ({"enforce_eager": True}, False, False),
+        ({"optimization_level": 0}, False, False),
+        ({"optimization_level": 3}, True, False),
+        ({"compilation_config": {"cudagraph_mode": "NONE"}}, False, False),
+        ({"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY", "mode": 0}}, True, False),
+        ({"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}}, True, False),
+        ({"compilation_config": {"cudagraph_mode": "full"}}, True, True),
+        ({"compilation_config": {"cudagraph_mode": "FULL"}, "enforce_eager": True}, False, False),
     ],
 )
-def test_graphs_or_not(given, graphs):
-    assert CompilationConfig(**given).decode_graphs is graphs
+def test_graphs_or_not(given, decode, prompt):
+    config = CompilationConfig(**given)
+    assert (config.decode_graphs, config.prompt_graphs) == (decode, prompt)
 
 
 def test_sizes():
@@ -33,7 +35,7 @@ def test_sizes():
     ("given", "words"),
     [
         ({"cudagraph_mod": "NONE"}, "--compilation-config.cudagraph_mod: not known; the keys are mode"),
-        ({"cudagraph_mode": "PIECEWISE"}, "must be one of NONE, FULL_DECODE_ONLY; got 'PIECEWISE'"),
+        ({"cudagraph_mode": "PIECEWISE"}, "must be one of NONE, FULL_DECODE_ONLY, FULL; got 'PIECEWISE'"),
         ({"mode": 3}, "--compilation-config.mode 3: the kernels are written by hand"),
         ({"cudagraph_capture_sizes": []}, "must be a list of whole numbers"),
         ({"cudagraph_capture_sizes": [0]}, "got [0]"),

@@ -7,14 +7,14 @@ from typing import Any
 
 from vllm.config.knob import check_choices, knob
 
-_MODES = ("NONE", "FULL_DECODE_ONLY")
-_SAME = {"FULL": "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE": "FULL_DECODE_ONLY"}
+_MODES = ("NONE", "FULL_DECODE_ONLY", "FULL")
+_SAME = {"FULL_AND_PIECEWISE": "FULL_DECODE_ONLY"}
 _KEYS = ("mode", "cudagraph_mode", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
 
 
 @dataclass(frozen=True)
 class CompilationConfig:
-    """CUDA graphs of decode steps. Prompts are computed kernel by kernel in any case.
+    """CUDA graphs of decode steps and, if asked for, of short prompts. Other steps are computed kernel by kernel in any case.
 
     Raises ValueError, in one line, for a key or value that is not known.
     """
@@ -28,8 +28,8 @@ class CompilationConfig:
     )
     compilation_config: dict[str, Any] = knob(  # noqa: RUF009
         {},
-        'JSON: "cudagraph_mode" NONE or FULL_DECODE_ONLY (default on a GPU); "cudagraph_capture_sizes", a list of batch sizes; '
-        '"max_cudagraph_capture_size"; "mode" 0 (torch.compile is not used).',
+        'JSON: "cudagraph_mode" NONE, FULL_DECODE_ONLY (default on a GPU) or FULL, which has graphs of short prompts too; '
+        '"cudagraph_capture_sizes", a list of batch sizes; "max_cudagraph_capture_size"; "mode" 0 (torch.compile is not used).',
         short="-cc",
     )
 
@@ -56,10 +56,20 @@ class CompilationConfig:
             )
 
     @property
-    def decode_graphs(self) -> bool:
-        """Whether decode steps run as CUDA graphs where there is a GPU."""
+    def cudagraph_mode(self) -> str:
+        """Which steps run as CUDA graphs where there is a GPU: one of _MODES."""
+        if self.enforce_eager or self.optimization_level == 0:
+            return "NONE"
         mode = str(self.compilation_config.get("cudagraph_mode") or "FULL_DECODE_ONLY").upper()
-        return not self.enforce_eager and self.optimization_level > 0 and _SAME.get(mode, mode) == "FULL_DECODE_ONLY"
+        return _SAME.get(mode, mode)
+
+    @property
+    def decode_graphs(self) -> bool:
+        return self.cudagraph_mode != "NONE"
+
+    @property
+    def prompt_graphs(self) -> bool:
+        return self.cudagraph_mode == "FULL"
 
     @property
     def capture_sizes(self) -> tuple[int, ...] | None:

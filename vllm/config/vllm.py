@@ -122,6 +122,11 @@ class VllmConfig:
         return self.model_config.hf_config
 
     @property
+    def longest_chunk(self) -> int:
+        """Tokens of the longest prompt chunk that a step can hold."""
+        return min(self.scheduler_config.max_num_batched_tokens, self.model_config.max_model_len)
+
+    @property
     def quant_scheme(self) -> QuantConfig | None:
         """How the checkpoint is quantised; None for plain weights."""
         return parse_quantization(self.hf_config.quantization)

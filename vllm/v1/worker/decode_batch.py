@@ -5,7 +5,9 @@ The host writes here only when sequences come or go or get pages. From step to s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -60,10 +62,14 @@ class DecodeBatch:
         torch.index_select(self.batch.block_table, 0, picked, out=self.block_table[:size])
         torch.index_select(self.batch.state_slot, 0, picked, out=self.state_indices[:size])
 
-    def clear(self, size: int) -> None:
-        """Make the first `size` rows nobody's: what runs over them reads and writes no sequence's state."""
+    @contextmanager
+    def nobodys(self, size: int) -> Iterator[None]:
+        """Inside, the first `size` rows are nobody's: what runs over them reads and writes no sequence's state."""
+        rows, slots = self.rows[:size].clone(), self.state_indices[:size].clone()
         self.rows[:size].fill_(self.batch.pad_row)
         self.state_indices[:size].fill_(PAD_SLOT_ID)
+        yield
+        self.rows[:size], self.state_indices[:size] = rows, slots
 
     def forward(self, model: nn.Module, size: int, seq_lens: Seq[int] | None = None) -> torch.Tensor:
         """Run the network over the first `size` rows -> hidden [size, D].

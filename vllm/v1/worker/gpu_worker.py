@@ -14,7 +14,7 @@ from vllm.v1.core.memory_plan import MemoryPlanError, PoolSizes, format_bytes, p
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.model_runner import MakeMasks, ModelRunner
 from vllm.v1.worker.pending import PendingOutput
-from vllm.v1.worker.warm_up import compile_kernels, longest_chunk, run_largest_steps
+from vllm.v1.worker.warm_up import compile_kernels, run_largest_steps
 
 logger = init_logger(__name__)
 
@@ -55,9 +55,10 @@ class Worker:
             if self.config.cache_config.kv_cache_memory_bytes is not None:
                 compile_kernels(self.runner)  # otherwise they ran when memory was measured
             start = time.perf_counter()
-            captured = self.runner.capture_decode_graphs()
+            prompts, batches = self.runner.capture_graphs()
             torch.cuda.synchronize()
-            logger.info("CUDA graphs for %d batch sizes captured in %.1f s", captured, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            logger.info("CUDA graphs for %d batch and %d prompt sizes captured in %.1f s", batches, prompts, seconds)
         tokens = (sizes.num_blocks - 1) * self.config.cache_config.block_size
         logger.info("GDN state: %s in %d slots", format_bytes(sizes.state_bytes), sizes.num_slots)
         logger.info("KV pages:  %s in %d pages, %d tokens", format_bytes(sizes.kv_bytes), sizes.num_blocks, tokens)
@@ -128,12 +129,12 @@ class Worker:
 
     def _run_largest_steps(self) -> int:
         """Run the steps that need most memory, on pools just large enough. Returns the bytes of those pools."""
-        longest = longest_chunk(self.config)
-        pools = self._plan(1 << 60, max_model_len=longest, max_num_seqs=1, num_gpu_blocks_override=None)
+        limits = {"max_model_len": self.config.longest_chunk, "max_num_seqs": 1, "num_gpu_blocks_override": None}
+        pools = self._plan(1 << 60, **limits)
         self.runner.bind(pools)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         run_largest_steps(self.runner)
         compile_kernels(self.runner)
-        self.runner.capture_decode_graphs()
+        self.runner.capture_graphs()
         return pools.kv_bytes + pools.state_bytes

@@ -1,7 +1,8 @@
 """One step on the device: build the batch, run the model, sample, and leave a promise of the results.
 
 Nothing here waits for the device, so a step can be queued while the one before it is computed. Steps in which every sequence computes
-one token run on tensors that stay in place (`DecodeBatch`), on a GPU as two CUDA graphs: the network, and the choice of the tokens.
+one token run on tensors that stay in place (`DecodeBatch`), on a GPU as two CUDA graphs: the network, and the choice of the tokens. Where it
+is asked for, so do steps with one chunk of one prompt (`PromptBatch`); other steps are launched kernel by kernel.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.sample.token_masks import DeviceMasks
 from vllm.v1.structured_output.masks import TokenMasks
 from vllm.v1.worker.caches import bind_caches, unbind_caches
-from vllm.v1.worker.cudagraph import GraphCache, capture_sizes, padded_size
+from vllm.v1.worker.cudagraph import GraphCache, capture_sizes, padded_size, prompt_sizes
 from vllm.v1.worker.decode_batch import DecodeBatch
 from vllm.v1.worker.input_batch import InputBatch, Sequence, StepInputs
 from vllm.v1.worker.pending import PendingOutput
+from vllm.v1.worker.prompt_batch import PromptBatch
 
 MakeMasks = Callable[[], TokenMasks | None]
 
@@ -56,21 +58,25 @@ class ModelRunner:
         self.batch = InputBatch(max_num_seqs, max_pages, text.vocab_size, self.device)
         self.decode = DecodeBatch(self.batch, block_size, max_model_len)
         self._graph_sizes: tuple[int, ...] = ()
-        compilation = self.config.compilation_config
+        prompts: tuple[int, ...] = ()
+        compilation, dtype = self.config.compilation_config, self.config.model_config.dtype
         if self.device.type == "cuda" and compilation.decode_graphs:
             most = min(max_num_seqs, compilation.max_capture_size or max_num_seqs)
             self._graph_sizes = capture_sizes(most, compilation.capture_sizes)
             self.graphs = GraphCache(self.device)
-            dtype = getattr(torch, self.config.model_config.dtype)
-            # what the network's graph leaves for the sampler's
-            self._hidden = torch.empty(most, text.hidden_size, dtype=dtype, device=self.device)
-            self._sampled = torch.empty(most, dtype=torch.int32, device=self.device)
+            if compilation.prompt_graphs and dtype != "float32":  # whose attention is PyTorch's, which asks for lengths
+                prompts = prompt_sizes(self.config.longest_chunk)
+        self.prompt = PromptBatch(self.batch, block_size, max_model_len, prompts)
+        self._prompt_sizes: tuple[int, ...] = ()  # those in use: none before `capture_graphs`
+        # what the network's graph leaves for the sampler's
+        self._hidden = torch.empty(max_num_seqs, text.hidden_size, dtype=getattr(torch, dtype), device=self.device)
+        self._sampled = torch.empty(max_num_seqs, dtype=torch.int32, device=self.device)
 
     def unbind(self) -> None:
         """Give the pools' memory back, and the graphs captured over them."""
         unbind_caches(self.model)
         self.__dict__.pop("graphs", None)
-        del self.batch, self.decode
+        del self.batch, self.decode, self.prompt
 
     @torch.inference_mode()
     def execute(self, scheduled: SchedulerOutput, make_masks: MakeMasks | None = None) -> PendingOutput:
@@ -86,6 +92,9 @@ class ModelRunner:
         sequences = [self.batch.sequences[request_id] for request_id in scheduled.num_scheduled_tokens]
         if all(sequence.is_decoding for sequence in sequences):
             self._decode(tuple(scheduled.num_scheduled_tokens), sequences, output, make_masks)
+        elif (size := self._prompt_size(scheduled, sequences)) is not None:
+            ((request_id, n),) = scheduled.num_scheduled_tokens.items()
+            self._compute_prompt(request_id, sequences[0], n, size, output, make_masks)
         else:
             self._compute_chunks(self.batch.build_step(scheduled), output, make_masks)
         return output
@@ -99,31 +108,49 @@ class ModelRunner:
         output: PendingOutput,
         make_masks: MakeMasks | None,
     ) -> None:
-        n, state = len(sequences), self.batch.sampling
+        n = len(sequences)
         size = padded_size(self._graph_sizes, n)
         self.decode.select([sequence.row for sequence in sequences], size or n)
-        rows = self.decode.rows[:n]
         if size is None:
             hidden = self.decode.forward(self.model, n, [s.num_computed_tokens + 1 for s in sequences])
         else:
-            self._replay(self._forward_key(size), lambda: self._graph_forward(size))
+            self._replay(self.decode, self._key("forward", size), lambda: self._graph_forward(size))
             hidden = self._hidden[:n]
+        self._choose(request_ids, sequences, hidden, size, output, make_masks)
+        for sequence in sequences:
+            sequence.num_computed_tokens += 1
+
+    def _choose(
+        self,
+        request_ids: tuple[str, ...],
+        sequences: list[Sequence],
+        hidden: torch.Tensor,
+        size: int | None,
+        output: PendingOutput,
+        make_masks: MakeMasks | None,
+    ) -> None:
+        """Draw the next token of the sequences in the decode batch, and note it there.
+
+        Args:
+            hidden: [S, D]; the first rows of `_hidden` where there is a size.
+            size: that the batch is padded to, for a graph.
+        """
+        n, state = len(sequences), self.batch.sampling
         masks = self._device_masks(make_masks, request_ids)
         if size is not None and masks is None and state.plan.in_graphs:
-            self._replay(("sample", size, state.plan), lambda: self._graph_sample(size))
+            self._replay(self.decode, ("sample", size, state.plan), lambda: self._graph_sample(size))
             packed, num_logprobs = self._sampled[:n, None], [None] * n
         else:
+            rows = self.decode.rows[:n]
             sampled = self.sampler(self.model.compute_logits(hidden), state, rows, masks)
             state.note(rows, sampled.token_ids)
             commit_tokens(rows, sampled.token_ids, self.batch.tables)
             packed, num_logprobs = sampled.packed(), [state.num_logprobs.get(s.row) for s in sequences]
         output.add_sampled(request_ids, packed, num_logprobs)
-        for sequence in sequences:
-            sequence.num_computed_tokens += 1
 
-    def _forward_key(self, size: int) -> tuple:
-        """Variants may change between two steps, and each has graphs of its own."""
-        return ("forward", size, *(layer.variants for layer in self._gdn_layers[:1]))
+    def _key(self, name: str, size: int) -> tuple:
+        """Of a graph of the network. Variants may change between two steps, and each has graphs of its own."""
+        return (name, size, *(layer.variants for layer in self._gdn_layers[:1]))
 
     def _graph_forward(self, size: int) -> None:
         self._hidden[:size].copy_(self.decode.forward(self.model, size))
@@ -134,33 +161,69 @@ class ModelRunner:
         commit_tokens(rows, sampled.token_ids, self.batch.tables)
         self._sampled[:size].copy_(sampled.token_ids)
 
-    def _replay(self, key: tuple, run: Callable[[], None]) -> None:
-        """Queue a graph, captured when it is first wanted."""
+    def _replay(self, batch: DecodeBatch | PromptBatch, key: tuple, run: Callable[[], None]) -> None:
+        """Queue a graph over the batch, captured when it is first wanted."""
         if key not in self.graphs:
-            self._capture(key, run)
+            self._capture(batch, key, run)
         self.graphs.replay(key)
 
-    def _capture(self, key: tuple, run: Callable[[], None]) -> None:
+    def _capture(self, batch: DecodeBatch | PromptBatch, key: tuple, run: Callable[[], None]) -> None:
         """Compile what `run` launches by running it over rows of nobody, then record it."""
-        decode, size = self.decode, key[1]
-        rows, slots = decode.rows[:size].clone(), decode.state_indices[:size].clone()
-        decode.clear(size)
-        run()
-        self.graphs.capture(key, run)
-        decode.rows[:size], decode.state_indices[:size] = rows, slots
+        with batch.nobodys(key[1]):
+            run()
+            self.graphs.capture(key, run)
 
     @torch.inference_mode()
-    def capture_decode_graphs(self) -> int:
-        """Capture the graphs of greedy decoding before the first request wants them, the largest first, which makes room for all.
+    def capture_graphs(self) -> tuple[int, int]:
+        """Capture the graphs of prompts and of greedy decoding before the first request wants them, the largest first, which makes room
+        for all. Prompts run in graphs from here on, so that those that warm up before compile the kernels of steps without.
 
-        Returns how many batch sizes have them.
+        Returns how many sizes of prompts' chunks, and of batches, have them.
         """
+        self._prompt_sizes = self.prompt.sizes
+        for size in reversed(self._prompt_sizes):
+            self._capture(self.prompt, self._key("prompt", size), lambda size=size: self._graph_prompt(size))
         for size in reversed(self._graph_sizes):
-            self._capture(self._forward_key(size), lambda size=size: self._graph_forward(size))
-            self._capture(("sample", size, self.batch.sampling.plan), lambda size=size: self._graph_sample(size))
-        return len(self._graph_sizes)
+            self._capture(self.decode, self._key("forward", size), lambda size=size: self._graph_forward(size))
+            sample = ("sample", size, self.batch.sampling.plan)
+            self._capture(self.decode, sample, lambda size=size: self._graph_sample(size))
+        return len(self._prompt_sizes), len(self._graph_sizes)
 
-    # Steps with chunks of prompts
+    # Steps with one chunk of one prompt
+
+    def _prompt_size(self, scheduled: SchedulerOutput, sequences: list[Sequence]) -> int | None:
+        """The size that this step's only chunk is padded to; None where kernels are launched one by one: for a long chunk, or several,
+        for a prompt whose tokens are scored, and for variants that ask the device for lengths.
+        """
+        if len(sequences) > 1 or sequences[0].sampling_params.prompt_logprobs is not None:
+            return None
+        if self.device.type == "cuda" and any(layer.variants.prefill == "torch" for layer in self._gdn_layers):
+            return None
+        return padded_size(self._prompt_sizes, *scheduled.num_scheduled_tokens.values())
+
+    def _compute_prompt(
+        self,
+        request_id: str,
+        sequence: Sequence,
+        n: int,
+        size: int,
+        output: PendingOutput,
+        make_masks: MakeMasks | None,
+    ) -> None:
+        start, sequence.num_computed_tokens = sequence.num_computed_tokens, sequence.num_computed_tokens + n
+        ready = sequence.num_computed_tokens >= len(sequence.token_ids)
+        self.prompt.select(sequence.row, sequence.token_ids[start : start + n], ready)
+        self._replay(self.prompt, self._key("prompt", size), lambda: self._graph_prompt(size))
+        if ready:
+            # from here on it is a batch of one
+            batch_size = padded_size(self._graph_sizes, 1)
+            self.decode.select([sequence.row], batch_size or 1)
+            self._choose((request_id,), [sequence], self._hidden[:1], batch_size, output, make_masks)
+
+    def _graph_prompt(self, size: int) -> None:
+        self._hidden[:1].copy_(self.prompt.forward(self.model, size))
+
+    # Other steps with chunks of prompts
 
     def _compute_chunks(self, step: StepInputs, output: PendingOutput, make_masks: MakeMasks | None) -> None:
         batch = self.batch

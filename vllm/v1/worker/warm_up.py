@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.worker.model_runner import ModelRunner
@@ -16,23 +15,18 @@ _DRAWS = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, seed=0, max_tokens
 _GREEDY = SamplingParams(temperature=0.0, max_tokens=2)
 
 
-def longest_chunk(config: VllmConfig) -> int:
-    """Tokens of the longest prompt chunk that a step can hold."""
-    return min(config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len)
-
-
 def run_largest_steps(runner: ModelRunner) -> None:
     """The steps that need most memory: one long prompt has the largest workspace of a layer, and as many sequences as may run have the
     most logits to sample from.
     """
     limits = runner.config.scheduler_config
-    _run_prompts(runner, [longest_chunk(runner.config)], _DRAWS)
+    _run_prompts(runner, [runner.config.longest_chunk], _DRAWS)
     _run_prompts(runner, [1] * min(limits.max_num_seqs, limits.max_num_batched_tokens), _DRAWS)
 
 
 def compile_kernels(runner: ModelRunner) -> None:
     """Run prompts of many lengths, alone, together and beside a decoding sequence."""
-    longest, many = longest_chunk(runner.config), runner.config.scheduler_config.max_num_seqs
+    longest, many = runner.config.longest_chunk, runner.config.scheduler_config.max_num_seqs
     lengths = [n for n in _LENGTHS if n < longest]
     for n in (*lengths, longest):
         _run_prompts(runner, [n], _GREEDY)
