@@ -1,13 +1,17 @@
 """Which batch sizes get a CUDA graph, and that graphs change no answer."""
 
+import contextlib
+import random
 from functools import partial
 
 import pytest
 import torch
 
+from tests.kernels.common import assert_close
+from tests.v1.worker.static_prompts import ByHand, poisoned_pools, recorded_logits, runner_of, static_prompts
 from vllm import LLM, SamplingParams
 from vllm.benchmarks.tiny_tasks import generate
-from vllm.v1.worker.cudagraph import GraphCache, capture_sizes, padded_size
+from vllm.v1.worker.cudagraph import PROMPT_SIZES, GraphCache, capture_sizes, padded_size, prompt_sizes
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 8, 9, 64, 100, 256, 1024])
@@ -42,6 +46,7 @@ def test_a_graph_does_again_what_was_recorded():
     assert y.tolist() == [4.0] * 4
 
 
+FULL = {"compilation_config": {"cudagraph_mode": "FULL"}}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 DRAWN = SamplingParams(temperature=0.5, top_p=0.9, top_k=20, seed=3, max_tokens=24)
 SCORED = SamplingParams(temperature=0.0, max_tokens=24, logprobs=2, frequency_penalty=0.01)
@@ -60,6 +65,7 @@ def test_graphs_and_eager_steps_give_the_same_tokens(tiny_model, params):
         "ahead": {},
         "few": {"compilation_config": {"cudagraph_capture_sizes": [2, 12]}},
         "none": {"compilation_config": {"cudagraph_mode": "NONE"}},
+        "prompts": FULL,
     }.items():
         llm = LLM(str(tiny_model), max_model_len=256, max_num_seqs=12, use_tqdm_on_load=False, seed=0, **options)
         runner = llm.llm_engine.core.worker.runner
@@ -69,13 +75,110 @@ def test_graphs_and_eager_steps_give_the_same_tokens(tiny_model, params):
         outputs = llm.generate(prompts, changed, use_tqdm=False)
         texts[name] = [tuple(output.outputs[0].token_ids) for output in outputs]
         assert hasattr(runner, "graphs") == (name not in ("eager", "none"))
-        if name == "ahead":
+        if name in ("ahead", "prompts"):
             for in_proj, decode in (("serial", "unpacked"), ("dual_stream", "packed"), ("fused", "fused")):
                 llm.llm_engine.set_gdn_variants(in_proj=in_proj, decode=decode)
                 again = llm.generate(prompts, changed, use_tqdm=False)
-                texts[in_proj] = [tuple(output.outputs[0].token_ids) for output in again]
+                texts[f"{name} {in_proj}"] = [tuple(output.outputs[0].token_ids) for output in again]
     for name, tokens in texts.items():
         assert tokens == texts["eager"], name
+
+
+def one_by_one(llm, prompts, params):
+    return [tuple(llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids) for prompt in prompts]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("params", [GREEDY, DRAWN, SCORED], ids=["greedy", "drawn", "scored"])
+@pytest.mark.parametrize("budget", [2048, 32])
+def test_prompts_in_graphs_give_the_same_tokens(tiny_model, params, budget):
+    """One request at a time, so that every chunk is a step of its own; with the small budget prompts are cut."""
+    items = [item for kind in ("add2", "reverse", "count") for item in generate(kind, 4)]
+    limits = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": budget}
+    texts = {}
+    for name, options in {"eager": {"enforce_eager": True}, "graphs": FULL}.items():
+        llm = LLM(str(tiny_model), use_tqdm_on_load=False, seed=0, **limits, **options)
+        template = partial(llm.get_tokenizer().apply_chat_template, tokenize=False, add_generation_prompt=True)
+        prompts = [template(item.messages, enable_thinking=False) for item in items]
+        ask = partial(one_by_one, llm, prompts, params)
+        runner = runner_of(llm)
+        assert runner._prompt_sizes == (prompt_sizes(min(budget, 256)) if name == "graphs" else ())
+        known = len(runner.graphs) if name == "graphs" else 0
+        texts[name] = ask()
+        if name == "graphs":
+            # none but the sampler's, for what the requests ask
+            assert len(runner.graphs) <= known + 1
+            for in_proj, decode in (("serial", "unpacked"), ("dual_stream", "packed")):
+                llm.llm_engine.set_gdn_variants(in_proj=in_proj, decode=decode)
+                texts[in_proj] = ask()
+            llm.llm_engine.set_gdn_variants(prefill="torch")  # asks the device for lengths: no graphs of it
+            texts["torch"] = ask()
+    for name, tokens in texts.items():
+        assert tokens == texts["eager"], name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "chunks", [*([n + d] for n in PROMPT_SIZES for d in (-1, 0)), [1], [100, 30, 7], [64, 64, 1, 5]]
+)
+def test_a_graph_of_a_prompt_computes_what_its_kernels_do(prompt_llm, chunks):
+    """Among pages and slots of NaN: the graph's logits are those of its kernels launched one by one, and those of the unpadded step but
+    for rounding."""
+    runner, n = runner_of(prompt_llm), sum(chunks)
+    rng = random.Random(n)
+    token_ids, pages = [rng.randrange(5, 800) for _ in range(n)], rng.sample(range(1, 60), -(-n // 16))
+
+    def compute():
+        with poisoned_pools(runner) as pools:
+            sequence = ByHand(runner, token_ids, pages, 3)
+            for k in chunks:
+                sequence.step(k)
+            row = runner.batch.sequences["r"].row
+            assert (int(runner.batch.num_computed[row]), int(runner.batch.sampling.num_generated[row])) == (n, 1)
+            sequence.finish()
+            for pool in pools["slots"]:
+                others = [i for i in range(pool.shape[0]) if i != 3]
+                assert pool[3].isfinite().all() and pool[others].isnan().all()
+            states = [pool[3].float() for pool in pools["slots"]]
+            untouched = [i for i in range(1, pools["pages"][0].shape[0]) if i not in pages]
+            assert all(pool[untouched].isnan().all() for pool in pools["pages"])
+        return states
+
+    with recorded_logits(runner) as logits:
+        runner._prompt_sizes = ()
+        want = [*compute(), logits[-1].float()]
+        runner._prompt_sizes = runner.prompt.sizes
+    found = []
+    for graphs in (True, False):
+        with contextlib.nullcontext() if graphs else static_prompts(runner, PROMPT_SIZES):
+            states = compute()
+        with torch.inference_mode():
+            found.append([*states, runner.model.compute_logits(runner._hidden[:1]).float()])
+    for graph, kernels, unpadded in zip(*found, want):
+        assert_close(graph, kernels, 1e-3, "graph and kernels")
+        assert_close(graph, unpadded, 4e-2, "graph and the step without padding")
+
+
+@pytest.fixture(scope="module")
+def prompt_llm(tiny_model):
+    limits = {"max_model_len": 640, "max_num_seqs": 4, "num_gpu_blocks_override": 64}  # all pages are looked through
+    return LLM(str(tiny_model), use_tqdm_on_load=False, **limits, **FULL)
+
+
+@pytest.mark.gpu
+def test_a_prompt_in_a_graph_does_not_wait_for_the_device(prompt_llm):
+    core = prompt_llm.llm_engine.core
+    for _ in range(2):  # what happens once happens the first time
+        prompt_llm.llm_engine.add_request("r", {"prompt_token_ids": list(range(5, 105))}, GREEDY)
+        scheduled = core.scheduler.schedule()
+        assert list(scheduled.num_scheduled_tokens.values()) == [100]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            core._under_way.append((scheduled, core.worker.execute(scheduled)))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        while prompt_llm.llm_engine.has_unfinished_requests:
+            prompt_llm.llm_engine.step()
 
 
 @pytest.mark.gpu

@@ -29,8 +29,9 @@ def test_warming_up_changes_no_answer(tiny_model, limits):
 
 
 @pytest.mark.gpu
-def test_no_kernel_is_compiled_after_the_start(tiny_model, monkeypatch):
-    llm = make(tiny_model)
+@pytest.mark.parametrize("mode", ["FULL_DECODE_ONLY", "FULL"])
+def test_no_kernel_is_compiled_after_the_start(tiny_model, monkeypatch, mode):
+    llm = make(tiny_model, compilation_config={"cudagraph_mode": mode})
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **seen: compiled.append(seen["fn"].name))
     rng = random.Random(0)

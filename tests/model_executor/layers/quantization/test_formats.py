@@ -12,6 +12,7 @@ from vllm.model_executor.layers.quantization import awq, dense, fp8, nvfp4
 from vllm.model_executor.layers.quantization.compressed_tensors_wna16 import dequantise, unpack
 from vllm.model_executor.layers.quantization.plan import CheckpointPlan, ConfigPlan
 from vllm.v1.core.memory_plan import DTYPE_BYTES
+from vllm.v1.worker.cudagraph import GraphCache
 
 # What the tools write, and what kernels get of it.
 KINDS = {
@@ -90,6 +91,22 @@ def test_dense_weights_bit_for_bit(form, dtype, seed):
     assert torch.equal(layer.scheme.all(layer, "", slice(8, 17)), want[8:17])
     x = torch.randn(3, 384, dtype=dtype)
     assert torch.equal(layer(x), x @ want.T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMATS)
+def test_many_rows_in_a_graph(form, seed):
+    """What decoding batches and prompts beyond the kernels for few rows multiply with is made on the device alone."""
+    tensors, plain = quantised(form, 72, 384)
+    layer = fill(ColumnParallelLinear(384, 72, prefix="m", plan=plan_of(form, tensors, torch.bfloat16)), tensors).cuda()
+    x, y = torch.randn(100, 384).bfloat16().cuda(), torch.zeros(100, 72).bfloat16().cuda()
+    graphs = GraphCache(x.device)
+    with torch.inference_mode():
+        want = layer(x)
+        graphs.capture("linear", lambda: y.copy_(layer(x)))
+        graphs.replay("linear")
+    assert torch.equal(y, want)
+    torch.testing.assert_close(want.cpu(), x.cpu() @ plain.bfloat16().T, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("form", FORMATS)

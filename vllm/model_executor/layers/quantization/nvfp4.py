@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -133,7 +134,12 @@ class NvFp4(WeightScheme):
         getattr(layer, f"{prefix}weight_global_scale").fill_(_DUMMY_STD / std)
 
 
+@lru_cache
+def _of_code(device: torch.device) -> torch.Tensor:
+    """float32 [16]. Kept, because a CUDA graph cannot be captured over a copy from the host's list."""
+    return torch.tensor([*SIZES, *(-x for x in SIZES)], device=device)
+
+
 def unpack(packed: torch.Tensor) -> torch.Tensor:
     """uint8 [..., n] -> float32 [..., 2n], the low half of a byte first."""
-    sizes = torch.tensor([*SIZES, *(-x for x in SIZES)], device=packed.device)
-    return sizes[torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).int()]
+    return _of_code(packed.device)[torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).int()]
