@@ -61,6 +61,33 @@ __device__ inline void unmade(unsigned& x) { asm volatile("" : "+r"(x)); }
 // Fetches a line of global memory towards the chip. Nobody has to wait for it.
 __device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+// Copies of a thread's own to shared memory, which go on while it does other things: 4, 8 or 16 bytes, at multiples of as
+// many. They come in groups; the other threads that read what came have to meet this one after its wait.
+template <int kBytes>
+__device__ inline void copy_async(unsigned to, const void* from) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "");
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+  }
+}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// All groups but the latest kOpen are complete.
+template <int kOpen>
+__device__ inline void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
+}
+
+// Four tiles of 8 rows and 16 bytes from shared memory: lane l names row l % 8 of tile l / 8, and gets of each tile the
+// word l % 4 of row l / 4.
+__device__ inline void load_tiles(unsigned (&to)[4], unsigned row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(row)
+               : "memory");
+}
+
 // A block's shared memory beyond what kernels declare.
 __device__ inline unsigned char* dynamic_memory() {
   extern __shared__ __align__(128) unsigned char memory[];

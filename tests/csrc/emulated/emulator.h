@@ -57,6 +57,12 @@ struct Warp {  // operands of the collective under way and of the one before
   std::vector<uint64_t> values[2] = {std::vector<uint64_t>(32 * 8), std::vector<uint64_t>(32 * 8)};
 };
 
+struct Copy {  // of a thread's own, under way
+  unsigned char* to;
+  const void* from;
+  int bytes;
+};
+
 struct Block {
   Index size, at, grid;
   int running = 0, synced = 0;
@@ -64,6 +70,7 @@ struct Block {
   std::unordered_map<const void*, Barrier> barriers;
   std::vector<ucontext_t> fibers;
   std::vector<int> collectives, syncs, named_syncs;
+  std::vector<std::vector<std::vector<Copy>>> copies;  // of each thread: groups, the last one open
   int named[16] = {};
   ucontext_t scheduler;
   int thread = 0;
@@ -109,6 +116,7 @@ void run(Index grid, int threads, Body body) {
       state.size = {unsigned(threads), 1, 1}, state.grid = grid, state.at = {x, y, 0};
       state.warps.resize(threads / 32), state.fibers.resize(threads);
       state.collectives.assign(threads, 0), state.syncs.assign(threads, 0), state.named_syncs.assign(threads, 0);
+      state.copies.assign(threads, {{}});
       state.running = threads;
       std::memset(memory, 0xff, sizeof memory);  // bfloat16 and float NaN
       std::vector<bool> done(threads, false);
@@ -276,6 +284,34 @@ inline void bulk_copy(unsigned to, const void* from, int bytes, unsigned barrier
   std::memcpy(at_address(to), from, bytes);
   barrier_at(barrier).bytes -= bytes;
   barrier_at(barrier).settle();
+}
+
+// They happen as late as they may.
+template <int kBytes>
+void copy_async(unsigned to, const void* from) {
+  if (to % kBytes || reinterpret_cast<uintptr_t>(from) % kBytes) {
+    std::fprintf(stderr, "a copy of %d bytes is not at a multiple of them\n", kBytes);
+    std::abort();
+  }
+  emulated::block->copies[emulated::block->thread].back().push_back({at_address(to), from, kBytes});
+}
+inline void copy_commit() { emulated::block->copies[emulated::block->thread].emplace_back(); }
+template <int kOpen>
+void copy_wait() {
+  auto& groups = emulated::block->copies[emulated::block->thread];
+  for (; groups.size() > kOpen + 1; groups.erase(groups.begin())) {
+    for (const emulated::Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+}
+
+inline void load_tiles(unsigned (&to)[4], unsigned row) {
+  const int lane = emulated::block->thread % 32;
+  const uint64_t* const rows = emulated::exchange({row});
+  for (int tile = 0; tile < 4; ++tile) {
+    const unsigned at = unsigned(rows[(tile * 8 + lane / 4) * 8]);
+    if (at % 16) std::abort();
+    std::memcpy(&to[tile], at_address(at) + lane % 4 * 4, 4);
+  }
 }
 
 // mma.sync.m16n8k16: a lane has rows lane / 4 and 8 further down, columns or k 2 * (lane % 4) and 8 further on.
