@@ -126,7 +126,7 @@ void gate_up_token(const Tensor h, const Tensor x, const Tensor words, const Ten
   STD_TORCH_CHECK(w.rows % (2 * kTile) == 0 && h.size(0) == x.size(0) * top_k && logits.size(0) == x.size(0),
                   "x, h, logits and w13 do not go together");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const int bytes = 2 * kTile * words_pitch(w.columns);
+  const int bytes = Layout(w).bytes(2 * kTile);
   by_format(w, [&](auto has_zero, auto share) {
     by_experts(choices.experts, [&](auto keys) {
       launch_with(gate_up_kernel<false, has_zero(), share(), keys()>, dim3(w.rows / 2 / kTile, h.size(0)), kWarps * 32,
@@ -145,7 +145,7 @@ void gate_up_blocks(const Tensor h, const Tensor x, const Tensor words, const Te
   STD_TORCH_CHECK(w.rows % (2 * kTile) == 0 && h.size(0) == x.size(0) * top_k, "x, h and w13 do not go together");
   if (block_rows.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const int bytes = 2 * kTile * words_pitch(w.columns);
+  const int bytes = Layout(w).bytes(2 * kTile);
   by_format(w, [&](auto has_zero, auto share) {
     launch_with(gate_up_kernel<true, has_zero(), share(), 1>, dim3(w.rows / 2 / kTile, block_rows.numel()), kWarps * 32,
                 bytes, x, data(h), data(x), w, choices);
@@ -174,7 +174,7 @@ void down_token(const Tensor y, const Tensor h, const Tensor words, const Tensor
     shared.columns = int(shared_w->size(1));
   }
   const torch::stable::accelerator::DeviceGuard guard(h.get_device_index());
-  const int bytes = kTile * (int(top_k) * words_pitch(w.columns) + (shared.w ? plain_pitch(shared.columns) : 0));
+  const int bytes = int(top_k) * Layout(w).bytes(kTile) + (shared.w ? kTile * plain_pitch(shared.columns) : 0);
   by_format(w, [&](auto has_zero, auto share) {
     by_experts(choices.experts, [&](auto keys) {
       launch_with(down_token_kernel<has_zero(), share(), keys()>, dim3(w.rows / kTile, y.size(0)), 32 * choices.top_k,
@@ -194,7 +194,7 @@ void down_blocks(const Tensor y, const Tensor h, const Tensor words, const Tenso
   STD_TORCH_CHECK(w.rows % kRows == 0 && h.size(0) == y.size(0), "h, y and w2 do not go together");
   if (block_rows.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(h.get_device_index());
-  const int bytes = kRows * words_pitch(w.columns);
+  const int bytes = Layout(w).bytes(kRows);
   by_format(w, [&](auto has_zero, auto share) {
     launch_with(down_blocks_kernel<has_zero(), share()>, dim3(w.rows / kRows, block_rows.numel()), kWarps * 32, bytes,
                 h, data(y), data(h), w, choices);

@@ -7,8 +7,8 @@
 // point, is a multiple of the sum of its x, which is one more product, with ones; and a group's scale multiplies the
 // sum and not the elements. So an element takes less than two instructions, where the memory leaves time for three.
 //
-// Rows of W come through the copy engine, all of a block at once; scales and x each warp fetches for itself. Several
-// blocks share a multiprocessor, and while one waits another multiplies.
+// Every warp fetches its own part of W, scales with it, all at once and before it looks at x: nobody waits for another
+// warp before the sums. Several blocks share a multiprocessor, and while one waits another multiplies.
 #pragma once
 
 #include "hopper.cuh"
@@ -55,6 +55,19 @@ struct Shared {            // the expert of all tokens: w [rows, columns] of wha
 __host__ __device__ inline int words_pitch(int columns) { return columns / 2 + 16; }
 __host__ __device__ inline int plain_pitch(int columns) { return columns * 2 + 64; }
 
+// Where a stack of rows of w lies in shared memory: words, scales and zero points, the latter two where each unit has
+// its own; otherwise a chunk has one at most, and it is read where it is.
+struct Layout {
+  int words, scales, zeros;  // pitches
+  __host__ __device__ explicit Layout(const Matrix& w) : words(words_pitch(w.columns)), scales(0), zeros(0) {
+    if (w.groups * kUnit != w.columns) return;
+    const int size = w.scale_type == 2 ? 4 : 2;
+    scales = (w.groups + kChunk) * size;
+    zeros = w.zero == nullptr ? 0 : w.groups + kChunk;
+  }
+  __host__ __device__ int bytes(int rows) const { return rows * (words + scales + zeros); }
+};
+
 #if __CUDA_ARCH__ >= 900
 
 // The choices of a token are the largest keys: logits rounded to an order of integers, and experts counted down.
@@ -74,10 +87,15 @@ __device__ int choose(const float* logits, int experts, int top_k) {
     keys[i] = e < experts ? key_of(__ldcg(logits + e), e, low) : INT32_MIN;
   }
   for (int k = 0; k < top_k; ++k) {
-    int best = keys[0];
+    int most[kKeys];
 #pragma unroll
-    for (int i = 1; i < kKeys; ++i) best = max(best, keys[i]);
-    best = __reduce_max_sync(0xffffffffu, best);
+    for (int i = 0; i < kKeys; ++i) most[i] = keys[i];
+#pragma unroll
+    for (int half = kKeys / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int i = 0; i < half; ++i) most[i] = max(most[i], most[i + half]);
+    }
+    const int best = __reduce_max_sync(0xffffffffu, most[0]);
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) keys[i] = keys[i] == best ? INT32_MIN : keys[i];
     if (lane == k) mine = low - (best & low);
@@ -104,71 +122,87 @@ __device__ inline float read_scale(const void* scale, int64_t at, int type) {
   return type == 1 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(unsigned(bits) << 16);
 }
 
-template <int kCount>
-__device__ inline void load_floats(float (&to)[kCount], const float* from) {
-  if constexpr (kCount == 4) {
+// Chunks of a warp: two neighbours, a line of memory, of each 2 * warps.
+struct Chunks {
+  int warp, warps, count;  // count: of a row
+  __device__ int of(int i) const { return 2 * (warp + i / 2 * warps) + i % 2; }
+};
+
+// Has a warp's chunks of kTiles tiles of w copied to shared memory.
+//   rows: in the matrix, of the tiles' first rows
+template <int kTiles, bool kZero, int kShare>
+__device__ inline void fetch_tiles(unsigned to, const Layout& layout, const Matrix& w, const int64_t (&rows)[kTiles],
+                                   Chunks chunks) {
+  const int lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;
+  const int64_t bytes = w.columns / 2;
+#pragma unroll 1
+  for (int i = 0, chunk; (chunk = chunks.of(i)) < chunks.count; ++i) {
+    const int at = chunk * (kChunk * 16) + quarter * 16;
+#pragma unroll
+    for (int j = 0; j < 2 * kTiles; ++j) {
+      copy_async<16>(to + (8 * j + row) * layout.words + at, w.words + (rows[j / 2] + j % 2 * 8 + row) * bytes + at);
+    }
+    if (kShare == 1 && lane < kTiles * kTile) {
+      const unsigned scales = to + kTiles * kTile * layout.words, mine = scales + lane * layout.scales;
+      const int64_t group =
+          ((kTiles == 2 && lane >= kTile ? rows[kTiles - 1] : rows[0]) + lane % kTile) * w.groups + chunk * kChunk;
+      if (w.scale_type == 2) {
+        copy_async<16>(mine + chunk * 16, static_cast<const float*>(w.scale) + group);
+      } else {
+        copy_async<8>(mine + chunk * 8, static_cast<const unsigned short*>(w.scale) + group);
+      }
+      if (kZero) {
+        copy_async<4>(scales + kTiles * kTile * layout.scales + lane * layout.zeros + chunk * kChunk, w.zero + group);
+      }
+    }
+  }
+  copy_commit();
+}
+
+// The scales of a chunk of a row: as they were copied, or the one that there is.
+template <int kGroups>
+__device__ inline void read_scales(float (&to)[kGroups], const unsigned char* from, int type) {
+  if (type == 2) {
     const float4 v = *reinterpret_cast<const float4*>(from);
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-  } else {
-    to[0] = *from;
+    return;
+  }
+  const uint2 four = *reinterpret_cast<const uint2*>(from);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const unsigned two = j < 2 ? four.x : four.y, bits = j % 2 == 0 ? two & 0xffffu : two >> 16;
+    to[j] = type == 1 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(bits << 16);
   }
 }
 
-// What a lane fetches of one chunk ahead: its part of x, and the scales and zero points of one row.
-template <bool kZero, int kShare>
-struct Fetched {
-  static constexpr int kGroups = kChunk / kShare;
-  uint4 x[kChunk];
-  float scale[kGroups], zero[kGroups];
-
-  __device__ void fetch(const bf16* my_x, const Matrix& w, int64_t row, int chunk) {
-#pragma unroll
-    for (int u = 0; u < kChunk; ++u) {
-      x[u] = *reinterpret_cast<const uint4*>(my_x + (chunk * kChunk + u) * kUnit);
-    }
-    const int64_t at = row * w.groups + (kShare == 1 ? chunk * kChunk : chunk >> w.shared_chunks);
-    if (kShare == 1 && w.scale_type == 0) {
-      const uint2 four = *reinterpret_cast<const uint2*>(static_cast<const unsigned short*>(w.scale) + at);
-      const unsigned twos[2] = {four.x, four.y};
-#pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-        scale[j] = __uint_as_float(j % 2 == 0 ? twos[j / 2] << 16 : twos[j / 2] & 0xffff0000u);
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < kGroups; ++j) scale[j] = read_scale(w.scale, at + j, w.scale_type);
-    }
-#pragma unroll
-    for (int j = 0; j < kGroups; ++j) zero[j] = -128.f - (kZero ? float(w.zero[at + j]) : 8.f);
-  }
-};
-
-// out[i] += tile i of W times x, a warp's part of the columns: every `step`th chunk from `first` on.
-//   words: of the first tile's first row in shared memory, which `full` tells to be there; tiles follow each other
-//   row: in the matrix, of the lane's scales: row lane of the tiles
+// out[i] += tile i of W times x, for a warp's chunks, which fetch_tiles has asked for.
+//   base: of the tiles in shared memory; rows: as for fetch_tiles
 //   x: the lane's column, lane / 4, from its part of the first unit on
-//   slot: [kTiles * 16, 4] floats of this warp's own, twice that with zero points
 // With one column all eight are the same.
 template <int kTiles, bool kMany, bool kZero, int kShare>
-__device__ inline void multiply_tiles(float (&out)[kTiles][4], const unsigned char* words, const Matrix& w, int64_t row,
-                                      const bf16* x, float* slot, int first, int step, unsigned full) {
-  constexpr int kGroups = kChunk / kShare, kSlot = kTiles * kTile * 4;
+__device__ inline void multiply_tiles(float (&out)[kTiles][4], const unsigned char* base, const Layout& layout,
+                                      const Matrix& w, const int64_t (&rows)[kTiles], const bf16* x, Chunks chunks) {
+  constexpr int kGroups = kChunk / kShare;
   constexpr unsigned kOnes = 0x3f803f80u;
-  const int lane = threadIdx.x % 32, pitch = words_pitch(w.columns), chunks = w.columns / (kChunk * kUnit);
-  const bool has_row = lane < kTiles * kTile;
-  words += lane / 4 * pitch + lane % 4 * 4;
-  float* const to = slot + lane * 4;
-  const float* const from = slot + lane / 4 * 4;
-  Fetched<kZero, kShare> next;
-  if (first < chunks) next.fetch(x, w, row, first);
-  barrier_wait(full, 0);
+  const int lane = threadIdx.x % 32, row = lane / 4;
+  const unsigned words = shared_address(base) + lane % 8 * layout.words + lane / 8 * 16;
+  const unsigned char* const scales = base + kTiles * kTile * layout.words;
+  const unsigned char* const zeros = scales + kTiles * kTile * layout.scales;
+  uint4 next[kChunk];
+  const auto fetch = [&](int chunk) {
+#pragma unroll
+    for (int u = 0; u < kChunk; ++u) next[u] = *reinterpret_cast<const uint4*>(x + (chunk * kChunk + u) * kUnit);
+  };
+  if (chunks.of(0) < chunks.count) fetch(chunks.of(0));
+  copy_wait<0>();
+  __syncwarp();
 #pragma unroll 1
-  for (int chunk = first; chunk < chunks; chunk += step) {
+  for (int i = 0, chunk; (chunk = chunks.of(i)) < chunks.count; ++i) {
     unsigned pairs[kChunk][4];  // x in the order of the nibbles: (0,4) (1,5) (2,6) (3,7)
     float sums[kChunk][4];      // of the lane's two columns, twice
 #pragma unroll
     for (int u = 0; u < kChunk; ++u) {
-      const uint4 v = next.x[u];
+      const uint4 v = next[u];
       pairs[u][0] = __byte_perm(v.x, v.z, 0x5410), pairs[u][1] = __byte_perm(v.x, v.z, 0x7632);
       pairs[u][2] = __byte_perm(v.y, v.w, 0x5410), pairs[u][3] = __byte_perm(v.y, v.w, 0x7632);
 #pragma unroll
@@ -176,32 +210,36 @@ __device__ inline void multiply_tiles(float (&out)[kTiles][4], const unsigned ch
       mma<bf16>(sums[u], kOnes, kOnes, kOnes, kOnes, pairs[u][0], pairs[u][1]);
       mma<bf16>(sums[u], kOnes, kOnes, kOnes, kOnes, pairs[u][2], pairs[u][3]);
     }
-    __syncwarp();  // all have read the slot's last chunk
-    if (has_row) {
+    if (chunks.of(i + 1) < chunks.count) fetch(chunks.of(i + 1));
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-        to[j] = next.scale[j];
-        if (kZero) to[kSlot + j] = next.zero[j];
-      }
-    }
-    __syncwarp();
-    if (chunk + step < chunks) next.fetch(x, w, row, chunk + step);
+    for (int tile = 0; tile < kTiles; ++tile) {
+      unsigned low[kChunk], high[kChunk];
+      const unsigned at = words + tile * kTile * layout.words + chunk * (kChunk * 16);
+      load_tiles(low, at), load_tiles(high, at + 8 * layout.words);
+      float scale[2][kGroups], zero[2][kGroups];  // of the low row and the high one
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const unsigned char* const low = words + i * kTile * pitch + chunk * (kChunk * 16);
-      const unsigned char* const high = low + 8 * pitch;
-      float scale_low[kGroups], scale_high[kGroups], zero_low[kGroups], zero_high[kGroups];
-      load_floats(scale_low, from + i * kTile * 4), load_floats(scale_high, from + (i * kTile + 8) * 4);
-      if constexpr (kZero) {
-        load_floats(zero_low, from + kSlot + i * kTile * 4), load_floats(zero_high, from + kSlot + (i * kTile + 8) * 4);
+      for (int half = 0; half < 2; ++half) {
+        const int in_tile = half * 8 + row, in_all = tile * kTile + in_tile;
+        if constexpr (kShare == 1) {
+          const int size = w.scale_type == 2 ? 4 : 2;
+          read_scales(scale[half], scales + in_all * layout.scales + chunk * kChunk * size, w.scale_type);
+          if (kZero) {
+            const unsigned four = *reinterpret_cast<const unsigned*>(zeros + in_all * layout.zeros + chunk * kChunk);
+#pragma unroll
+            for (int j = 0; j < kGroups; ++j) zero[half][j] = -128.f - float(four >> (8 * j) & 0xffu);
+          }
+        } else {
+          const int64_t group = (rows[tile] + in_tile) * w.groups + (chunk >> w.shared_chunks);
+          scale[half][0] = read_scale(w.scale, group, w.scale_type);
+          if (kZero) zero[half][0] = -128.f - float(w.zero[group]);
+        }
       }
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         float c[4] = {0.f, 0.f, 0.f, 0.f}, sum[2] = {0.f, 0.f};
 #pragma unroll
         for (int u = group * kShare; u < (group + 1) * kShare; ++u) {
-          const unsigned a = *reinterpret_cast<const unsigned*>(low + u * 16);
-          const unsigned b = *reinterpret_cast<const unsigned*>(high + u * 16);
+          const unsigned a = low[u], b = high[u];
           mma<bf16>(c, nibbles(a, 0), nibbles(b, 0), nibbles(a, 1), nibbles(b, 1), pairs[u][0], pairs[u][1]);
           mma<bf16>(c, nibbles(a, 2), nibbles(b, 2), nibbles(a, 3), nibbles(b, 3), pairs[u][2], pairs[u][3]);
 #pragma unroll
@@ -210,8 +248,7 @@ __device__ inline void multiply_tiles(float (&out)[kTiles][4], const unsigned ch
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           if (!kMany && j % 2 == 1) continue;
-          const float zero = !kZero ? -136.f : j < 2 ? zero_low[group] : zero_high[group];
-          out[i][j] += (j < 2 ? scale_low[group] : scale_high[group]) * (c[j] + zero * sum[j % 2]);
+          out[tile][j] += scale[j / 2][group] * (c[j] + (kZero ? zero[j / 2][group] : -136.f) * sum[j % 2]);
         }
       }
     }
@@ -225,51 +262,36 @@ __device__ inline float swiglu(float gate, float up) { return gate / (1.f + __ex
 // h = silu(gate x) * up x for 16 rows of gate and of up (w's first and second half) and one choice, or a block of them.
 // The warps share the columns. Blocks: x tiles, y choices or blocks.
 template <bool kMany, bool kZero, int kShare, int kKeys>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, 3)
     gate_up_kernel(bf16* h, const bf16* x, const __grid_constant__ Matrix w, const __grid_constant__ Choices choices) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kRows = 2 * kTile, kSlot = kRows * 4 * (kZero ? 2 : 1);
   constexpr int kWide = kMany ? kColumns : 1, kOut = kTile * kWide;
   unsigned char* const memory = dynamic_memory();
-  __shared__ uint64_t full;
-  __shared__ int picked;
-  __shared__ __align__(16) float slots[kWarps * kSlot],
-      partial[kWarps * 2 * kOut];  // [warps, gate or up, rows, columns]
+  __shared__ __align__(16) float partial[kWarps * 2 * kOut];  // [warps, gate or up, rows, columns]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, quarter = lane % 4;
   const int inner = w.rows / 2, first = blockIdx.x * kTile;
-  const unsigned full_at = shared_address(&full);
-  if (threadIdx.x == 0) {
-    barrier_init(full_at, 1);
-    barrier_init_done();
-  }
+  const Layout layout(w);
+  const Chunks chunks{warp, kWarps, w.columns / (kChunk * kUnit)};
   wait_for_predecessor();
   let_successor_start();
-  const int token = blockIdx.y / choices.top_k, k = blockIdx.y - token * choices.top_k;
-  if constexpr (!kMany) {
-    if (warp == 0) {
-      const int mine = choose<kKeys>(choices.logits + int64_t(token) * choices.logits_row, choices.experts, k + 1);
-      if (lane == k) {
-        picked = mine;
-        if (blockIdx.x == 0) choices.chosen[blockIdx.y] = mine;
-      }
-    }
+  int expert, count = 1, choice = blockIdx.y;  // choice: of the lane's column
+  if constexpr (kMany) {
+    count = choices.block_rows[blockIdx.y];
+    expert = choices.block_expert[blockIdx.y];
+    const int own = choices.order[blockIdx.y * kColumns + row], another = choices.order[blockIdx.y * kColumns];
+    if (count == 0) return;
+    choice = row < count ? own : another;
+  } else {
+    const int token = blockIdx.y / choices.top_k, k = blockIdx.y - token * choices.top_k;
+    const int chosen = choose<kKeys>(choices.logits + int64_t(token) * choices.logits_row, choices.experts, k + 1);
+    expert = __shfl_sync(0xffffffffu, chosen, k);
+    if (blockIdx.x == 0 && threadIdx.x == 0) choices.chosen[blockIdx.y] = expert;
   }
-  const int count = kMany ? choices.block_rows[blockIdx.y] : 1;
-  if (count == 0) return;
-  __syncthreads();
-  const int expert = kMany ? choices.block_expert[blockIdx.y] : picked;
-  const auto choice_of = [&](int i) { return kMany ? choices.order[blockIdx.y * kColumns + i] : int(blockIdx.y); };
-  const int64_t my_row = int64_t(expert) * w.rows + first + (lane < kTile ? lane : inner + lane - kTile);
-  if (warp == 0) {
-    const int bytes = w.columns / 2;
-    if (lane == 0) barrier_expect(full_at, kRows * bytes);
-    __syncwarp();
-    bulk_copy(shared_address(memory) + lane * words_pitch(w.columns), w.words + my_row * bytes, bytes, full_at);
-  }
-  const int my_token = kMany ? choice_of(row < count ? row : 0) / choices.top_k : token;
+  const int64_t rows[2] = {int64_t(expert) * w.rows + first, int64_t(expert) * w.rows + inner + first};
+  fetch_tiles<2, kZero, kShare>(shared_address(memory), layout, w, rows, chunks);
   float sums[2][4] = {};
-  multiply_tiles<2, kMany, kZero, kShare>(sums, memory, w, my_row, x + int64_t(my_token) * w.columns + quarter * 8,
-                                          slots + warp * kSlot, warp, kWarps, full_at);
+  multiply_tiles<2, kMany, kZero, kShare>(sums, memory, layout, w, rows,
+                                          x + int64_t(choice / choices.top_k) * w.columns + quarter * 8, chunks);
 
   float* const mine = partial + warp * (2 * kOut) + row * kWide + (kMany ? 2 * quarter : 0);
 #pragma unroll
@@ -291,7 +313,8 @@ __global__ void __launch_bounds__(kWarps * 32)
       const float* const from = partial + j * (2 * kOut) + out_row * kWide + column;
       gate += from[0], up += from[kOut];
     }
-    h[int64_t(choice_of(column)) * inner + first + out_row] = __float2bfloat16_rn(swiglu(gate, up));
+    const int64_t to = kMany ? choices.order[blockIdx.y * kColumns + column] : blockIdx.y;
+    h[to * inner + first + out_row] = __float2bfloat16_rn(swiglu(gate, up));
   }
 #endif
 }
@@ -304,70 +327,57 @@ __global__ void __launch_bounds__(kMostChoices * 32)
     down_token_kernel(bf16* y, const bf16* h, const __grid_constant__ Matrix w, const __grid_constant__ Choices choices,
                       const __grid_constant__ Shared shared, bool early, bool add) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kSlot = kTile * 4 * (kZero ? 2 : 1);
   unsigned char* const memory = dynamic_memory();
-  __shared__ uint64_t full[kMostChoices + 1];  // a warp's rows each; the shared expert's
-  __shared__ int experts[kMostChoices];
-  __shared__ float shares[kMostChoices];
-  __shared__ __align__(16) float slots[kMostChoices * kSlot], partial[kMostChoices * kTile];
+  __shared__ float partial[kMostChoices * kTile];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, quarter = lane % 4;
   const int top_k = choices.top_k, token = blockIdx.y, first = blockIdx.x * kTile;
-  const unsigned full_at = shared_address(full) + 8 * warp, shared_full_at = shared_address(full) + 8 * top_k;
-  const int pitch = words_pitch(w.columns), bytes = w.columns / 2, shared_pitch = plain_pitch(shared.columns);
-  unsigned char* const own = memory + warp * kTile * pitch;
-  unsigned char* const shared_rows = memory + top_k * kTile * pitch;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i <= top_k; ++i) barrier_init(shared_address(full) + 8 * i, 1);
-    barrier_init_done();
+  const Layout layout(w);
+  const Chunks chunks{0, 1, w.columns / (kChunk * kUnit)};
+  const int shared_pitch = plain_pitch(shared.columns), shared_units = shared.columns / kUnit;
+  unsigned char* const own = memory + warp * layout.bytes(kTile);
+  unsigned char* const shared_rows = memory + top_k * layout.bytes(kTile);
+  if (shared.w != nullptr) {  // each warp what it multiplies itself
+    const unsigned to = shared_address(shared_rows);
+    for (int unit = warp; unit < shared_units; unit += top_k) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int at = unit * (2 * kUnit) + quarter * 16;
+        copy_async<16>(to + (8 * j + row) * shared_pitch + at,
+                       shared.w + int64_t(first + 8 * j + row) * (2 * shared.columns) + at);
+      }
+    }
   }
   if (!early) {
     wait_for_predecessor();
     let_successor_start();
   }
   const float* const logits = choices.logits + int64_t(token) * choices.logits_row;
-  if (warp == 0) {
-    int expert = 0;
-    if (early) {
-      expert = choose<kKeys>(logits, choices.experts, top_k);
-    } else if (lane < top_k) {
-      expert = choices.chosen[token * top_k + lane];
-    }
-    const float share = share_of(__ldcg(logits + expert), top_k);
-    if (lane < top_k) experts[lane] = expert, shares[lane] = share;
+  int chosen = 0;
+  if (early) {
+    chosen = choose<kKeys>(logits, choices.experts, top_k);
+  } else if (lane < top_k) {
+    chosen = choices.chosen[token * top_k + lane];
   }
-  __syncthreads();
-  const int64_t my_row = int64_t(experts[warp]) * w.rows + first + lane % kTile;
-  if (lane == 0) barrier_expect(full_at, kTile * bytes);
-  __syncwarp();
-  if (lane < kTile) bulk_copy(shared_address(own) + lane * pitch, w.words + my_row * bytes, bytes, full_at);
-  if (warp == 0 && shared.w != nullptr) {
-    const int shared_bytes = shared.columns * 2;
-    if (lane == 0) barrier_expect(shared_full_at, kTile * shared_bytes);
-    __syncwarp();
-    if (lane < kTile) {
-      bulk_copy(shared_address(shared_rows) + lane * shared_pitch, shared.w + int64_t(first + lane) * shared_bytes,
-                shared_bytes, shared_full_at);
-    }
-  }
+  const int64_t rows[1] = {int64_t(__shfl_sync(0xffffffffu, chosen, warp)) * w.rows + first};
+  fetch_tiles<1, kZero, kShare>(shared_address(own), layout, w, rows, chunks);
+  const float share = __shfl_sync(0xffffffffu, share_of(__ldcg(logits + chosen), top_k), warp);
   if (early) {
     wait_for_predecessor();
     let_successor_start();
   }
   float sums[1][4] = {};
-  multiply_tiles<1, false, kZero, kShare>(sums, own, w, my_row,
-                                          h + int64_t(token * top_k + warp) * w.columns + quarter * 8,
-                                          slots + warp * kSlot, 0, 1, full_at);
-  float low = shares[warp] * sums[0][0], high = shares[warp] * sums[0][2];
+  multiply_tiles<1, false, kZero, kShare>(sums, own, layout, w, rows,
+                                          h + int64_t(token * top_k + warp) * w.columns + quarter * 8, chunks);
+  float low = share * sums[0][0], high = share * sums[0][2];
   y += int64_t(token) * w.rows + first;
   const bf16 old = add && threadIdx.x < kTile ? y[threadIdx.x] : bf16();
   if (shared.w != nullptr) {
     float c[4] = {};
-    barrier_wait(shared_full_at, 0);
-    const unsigned char* const rows = shared_rows + row * shared_pitch + quarter * 16;
+    const unsigned char* const from = shared_rows + row * shared_pitch + quarter * 16;
     const bf16* const hidden = shared.x + int64_t(token) * shared.columns + quarter * 8;
-    for (int unit = warp; unit < shared.columns / kUnit; unit += top_k) {
-      const uint4 a = *reinterpret_cast<const uint4*>(rows + unit * 64);
-      const uint4 b = *reinterpret_cast<const uint4*>(rows + 8 * shared_pitch + unit * 64);
+    for (int unit = warp; unit < shared_units; unit += top_k) {
+      const uint4 a = *reinterpret_cast<const uint4*>(from + unit * 64);
+      const uint4 b = *reinterpret_cast<const uint4*>(from + 8 * shared_pitch + unit * 64);
       const uint4 v = *reinterpret_cast<const uint4*>(hidden + unit * kUnit);
       mma<bf16>(c, a.x, b.x, a.y, b.y, v.x, v.y);
       mma<bf16>(c, a.z, b.z, a.w, b.w, v.z, v.w);
@@ -388,37 +398,29 @@ __global__ void __launch_bounds__(kMostChoices * 32)
 
 // y = down h for every choice of a block of them, 16 rows a warp. Blocks: x 128 rows, y blocks.
 template <bool kZero, int kShare>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, 3)
     down_blocks_kernel(bf16* y, const bf16* h, const __grid_constant__ Matrix w,
                        const __grid_constant__ Choices choices) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kSlot = kTile * 4 * (kZero ? 2 : 1), kRows = kWarps * kTile;
+  constexpr int kRows = kWarps * kTile;
   unsigned char* const memory = dynamic_memory();
-  __shared__ uint64_t full[kWarps];
-  __shared__ __align__(16) float slots[kWarps * kSlot];
   __shared__ __align__(16) bf16 results[kColumns * kRows];  // in this order neighbours are written together
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, quarter = lane % 4;
-  const int first = blockIdx.x * kRows + warp * kTile, pitch = words_pitch(w.columns), bytes = w.columns / 2;
-  const unsigned full_at = shared_address(full) + 8 * warp;
-  unsigned char* const own = memory + warp * kTile * pitch;
+  const int first = blockIdx.x * kRows + warp * kTile;
+  const Layout layout(w);
+  const Chunks chunks{0, 1, w.columns / (kChunk * kUnit)};
+  unsigned char* const own = memory + warp * layout.bytes(kTile);
   // The lists were complete before gate_up began, and it has begun; only the L1 cache may not know it.
-  const int expert = __ldcg(choices.block_expert + blockIdx.y), count = __ldcg(choices.block_rows + blockIdx.y);
+  const int count = __ldcg(choices.block_rows + blockIdx.y), expert = __ldcg(choices.block_expert + blockIdx.y);
+  const int* const order = choices.order + blockIdx.y * kColumns;
+  const int64_t mine = __ldcg(order + row), another = __ldcg(order);
   if (count == 0) return;
-  const int64_t my_row = int64_t(expert) * w.rows + first + lane % kTile;
-  if (lane == 0) {
-    barrier_init(full_at, 1);
-    barrier_init_done();
-    barrier_expect(full_at, kTile * bytes);
-  }
-  __syncwarp();
-  if (lane < kTile) bulk_copy(shared_address(own) + lane * pitch, w.words + my_row * bytes, bytes, full_at);
+  const int64_t rows[1] = {int64_t(expert) * w.rows + first}, choice = row < count ? mine : another;
+  fetch_tiles<1, kZero, kShare>(shared_address(own), layout, w, rows, chunks);
   wait_for_predecessor();
   let_successor_start();
-  const int* const order = choices.order + blockIdx.y * kColumns;
-  const int64_t choice = order[row < count ? row : 0];
   float sums[1][4] = {};
-  multiply_tiles<1, true, kZero, kShare>(sums, own, w, my_row, h + choice * w.columns + quarter * 8,
-                                         slots + warp * kSlot, 0, 1, full_at);
+  multiply_tiles<1, true, kZero, kShare>(sums, own, layout, w, rows, h + choice * w.columns + quarter * 8, chunks);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     results[(2 * quarter + j % 2) * kRows + warp * kTile + row + j / 2 * 8] = __float2bfloat16_rn(sums[0][j]);

@@ -49,7 +49,8 @@ def shared_bytes(top_k: int, inner: int, shared: int) -> int:
     Args:
         inner, shared: inputs of the experts' and of the shared expert's second matrix; 0: there is none.
     """
-    return 16 * (top_k * (inner // 2 + 16) + (2 * shared + 64 if shared else 0)) + OWN_BYTES
+    row = inner // 2 + 16 + 5 * (inner // 32 + 4)  # words; scales in float32 and zero points at most
+    return 16 * (top_k * row + (2 * shared + 64 if shared else 0)) + OWN_BYTES
 
 
 def fits_int4(x: torch.Tensor, weights: MoEWeights, top_k: int) -> bool:
