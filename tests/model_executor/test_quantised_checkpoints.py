@@ -236,9 +236,16 @@ def test_configs_that_cannot_be_run_are_one_line(sources, tmp_path, form, change
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMATS)
 def test_gpu_quantised_is_its_plain_self(sources, tmp_path, form):
-    """Few tokens (kernels that read the format) and many on the device."""
+    """Few tokens (kernels that read the format) and many on the device, as near to the exact logits as bfloat16 weights come."""
     quantised, plain = twins(sources["moe"], tmp_path, form)
-    ours, dense = (Driver(load(folder, torch.bfloat16, "cuda", gdn_in_proj="serial")) for folder in (quantised, plain))
     cuts = (70, *range(72, 80))
-    got, want = (d.prefill(d.add(TOKENS), cuts).cpu() for d in (ours, dense))
-    assert (got - want).abs().mean(-1).median() < 0.02
+
+    def run(folder, *how):
+        driver = Driver(load(folder, *how, gdn_in_proj="serial"))
+        return driver.prefill(driver.add(TOKENS), cuts).cpu().float()
+
+    exact = run(quantised, torch.float32, "cpu")
+    ours, dense = (
+        (run(folder, torch.bfloat16, "cuda") - exact).abs().mean(-1).median() for folder in (quantised, plain)
+    )
+    assert ours < 1.2 * dense and dense < 0.05, f"{ours:.4f} and {dense:.4f}"

@@ -106,7 +106,7 @@ def four_layers():
     config = replace(text, **few, num_experts=32, vocab_size=512)
     generator = torch.Generator("cuda").manual_seed(0)
     with torch.device("cuda"):
-        model = Qwen3_5ForCausalLM(config, ConfigPlan(None, torch.bfloat16)).requires_grad_(False)
+        model = Qwen3_5ForCausalLM(config, ConfigPlan(None, torch.bfloat16)).requires_grad_(False).cuda()
     for module in model.modules():
         if hasattr(module, "fill_dummy"):
             module.fill_dummy(generator)
