@@ -31,17 +31,13 @@ Matrix matrix(const char* name, const Tensor& words, const Tensor& scale, const 
   const int64_t groups = scale.size(2), group = columns / groups;
   STD_TORCH_CHECK(group == kUnit || (group % (kUnit * kChunk) == 0 && (group & (group - 1)) == 0), name, ": groups of ",
                   group, " columns cannot be read");
-  const ScalarType type = scale.scalar_type();
-  check(scale, name, {E, rows, groups}, type, words);
-  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half || type == ScalarType::Float, name,
-                  ": scales must be bfloat16, float16 or float32");
+  check(scale, name, {E, rows, groups}, ScalarType::BFloat16, words);
   if (zero.has_value()) check(*zero, name, {E, rows, groups}, ScalarType::Byte, words);
   Matrix m{};
   m.words = static_cast<const unsigned char*>(words.data_ptr());
-  m.scale = scale.data_ptr();
+  m.scale = static_cast<const unsigned short*>(scale.data_ptr());
   m.zero = zero.has_value() ? static_cast<const unsigned char*>(zero->data_ptr()) : nullptr;
   m.rows = int(rows), m.columns = int(columns), m.groups = int(groups);
-  m.scale_type = type == ScalarType::BFloat16 ? 0 : type == ScalarType::Half ? 1 : 2;
   while (group >> m.shared_chunks > kUnit * kChunk) ++m.shared_chunks;
   return m;
 }
@@ -62,13 +58,18 @@ void launch_with(void (*kernel)(Params...), dim3 grid, int threads, int bytes, c
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(std::forward<Args>(args))...));
 }
 
-// Calls run with what differs at compile time: zero points, units that share a scale.
-template <typename Run>
+// Calls run with what differs at compile time: zero points, units that share a scale, and columns, where there are as
+// many as the models of 35B and 80B have.
+template <int kUsual, typename Run>
 void by_format(const Matrix& w, Run run) {
   using std::integral_constant;
   const bool zero = w.zero != nullptr, unit = w.columns / w.groups == kUnit;
+  const auto sized = [&](auto has_zero, auto share) {
+    w.columns == kUsual ? run(has_zero, share, integral_constant<int, kUsual>())
+                        : run(has_zero, share, integral_constant<int, 0>());
+  };
   const auto with = [&](auto has_zero) {
-    unit ? run(has_zero, integral_constant<int, 1>()) : run(has_zero, integral_constant<int, kChunk>());
+    unit ? sized(has_zero, integral_constant<int, 1>()) : sized(has_zero, integral_constant<int, kChunk>());
   };
   zero ? with(std::true_type()) : with(std::false_type());
 }
@@ -84,6 +85,12 @@ void check_x(const Tensor& x, const char* name, int64_t columns) {
                   name, " must be bfloat16 [rows, ", columns, "], contiguous and on the device");
 }
 
+Choices by_top_k(int64_t top_k) {
+  Choices choices{};
+  choices.top_k = int(top_k), choices.inverse = unsigned(((int64_t(1) << 32) + top_k - 1) / top_k);
+  return choices;
+}
+
 // The logits [T, experts, and one of the shared expert's gate] of a few tokens.
 Choices by_logits(const Tensor& logits, const Tensor& chosen, const Tensor& x, const Matrix& w, int64_t experts,
                   int64_t top_k) {
@@ -94,8 +101,8 @@ Choices by_logits(const Tensor& logits, const Tensor& chosen, const Tensor& x, c
   STD_TORCH_CHECK(top_k >= 1 && top_k <= kMostChoices && top_k <= experts && experts <= 32 * kMostKeys,
                   "cannot choose ", top_k, " of ", experts, " experts");
   check(chosen, "chosen", {T * top_k}, ScalarType::Int, x);
-  Choices choices{};
-  choices.top_k = int(top_k), choices.experts = int(experts), choices.logits_row = int(logits.stride(0));
+  Choices choices = by_top_k(top_k);
+  choices.experts = int(experts), choices.logits_row = int(logits.stride(0));
   choices.logits = static_cast<const float*>(logits.data_ptr());
   choices.chosen = static_cast<int*>(chosen.data_ptr());
   return choices;
@@ -104,11 +111,10 @@ Choices by_logits(const Tensor& logits, const Tensor& chosen, const Tensor& x, c
 Choices by_blocks(const Tensor& order, const Tensor& block_expert, const Tensor& block_rows, const Tensor& x,
                   int64_t top_k) {
   const int64_t blocks = block_rows.numel();
-  check(order, "order", {blocks * kColumns}, ScalarType::Int, x);
+  check(order, "order", {blocks * kTogether}, ScalarType::Int, x);
   check(block_expert, "block_expert", {blocks}, ScalarType::Int, x);
   check(block_rows, "block_rows", {blocks}, ScalarType::Int, x);
-  Choices choices{};
-  choices.top_k = int(top_k);
+  Choices choices = by_top_k(top_k);
   choices.order = static_cast<const int*>(order.data_ptr());
   choices.block_expert = static_cast<const int*>(block_expert.data_ptr());
   choices.block_rows = static_cast<const int*>(block_rows.data_ptr());
@@ -126,11 +132,11 @@ void gate_up_token(const Tensor h, const Tensor x, const Tensor words, const Ten
   STD_TORCH_CHECK(w.rows % (2 * kTile) == 0 && h.size(0) == x.size(0) * top_k && logits.size(0) == x.size(0),
                   "x, h, logits and w13 do not go together");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const int bytes = Layout(w).bytes(2 * kTile);
-  by_format(w, [&](auto has_zero, auto share) {
+  const int bytes = Rows<>(w).bytes(2 * kTile);
+  by_format<2048>(w, [&](auto has_zero, auto share, auto columns) {
     by_experts(choices.experts, [&](auto keys) {
-      launch_with(gate_up_kernel<false, has_zero(), share(), keys()>, dim3(w.rows / 2 / kTile, h.size(0)), kWarps * 32,
-                  bytes, x, data(h), data(x), w, choices);
+      launch_with(gate_up_kernel<false, has_zero(), share(), keys(), columns()>, dim3(w.rows / 2 / kTile, h.size(0)),
+                  kWarps * 32, bytes, x, data(h), data(x), w, choices);
     });
   });
 }
@@ -145,10 +151,10 @@ void gate_up_blocks(const Tensor h, const Tensor x, const Tensor words, const Te
   STD_TORCH_CHECK(w.rows % (2 * kTile) == 0 && h.size(0) == x.size(0) * top_k, "x, h and w13 do not go together");
   if (block_rows.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const int bytes = Layout(w).bytes(2 * kTile);
-  by_format(w, [&](auto has_zero, auto share) {
-    launch_with(gate_up_kernel<true, has_zero(), share(), 1>, dim3(w.rows / 2 / kTile, block_rows.numel()), kWarps * 32,
-                bytes, x, data(h), data(x), w, choices);
+  const int bytes = Rows<>(w).bytes(2 * kTile);
+  by_format<2048>(w, [&](auto has_zero, auto share, auto columns) {
+    launch_with(gate_up_kernel<true, has_zero(), share(), 1, columns()>, dim3(w.rows / 2 / kTile, block_rows.numel()),
+                kWarps * 32, bytes, x, data(h), data(x), w, choices);
   });
 }
 
@@ -174,11 +180,11 @@ void down_token(const Tensor y, const Tensor h, const Tensor words, const Tensor
     shared.columns = int(shared_w->size(1));
   }
   const torch::stable::accelerator::DeviceGuard guard(h.get_device_index());
-  const int bytes = int(top_k) * Layout(w).bytes(kTile) + (shared.w ? kTile * plain_pitch(shared.columns) : 0);
-  by_format(w, [&](auto has_zero, auto share) {
+  const int bytes = int(top_k) * Rows<>(w).bytes(kTile) + (shared.w ? kTile * plain_pitch(shared.columns) : 0);
+  by_format<512>(w, [&](auto has_zero, auto share, auto columns) {
     by_experts(choices.experts, [&](auto keys) {
-      launch_with(down_token_kernel<has_zero(), share(), keys()>, dim3(w.rows / kTile, y.size(0)), 32 * choices.top_k,
-                  bytes, h, data(y), data(h), w, choices, shared, early, add);
+      launch_with(down_token_kernel<has_zero(), share(), keys(), columns()>, dim3(w.rows / kTile, y.size(0)),
+                  32 * choices.top_k, bytes, h, data(y), data(h), w, choices, shared, early, add);
     });
   });
 }
@@ -194,10 +200,10 @@ void down_blocks(const Tensor y, const Tensor h, const Tensor words, const Tenso
   STD_TORCH_CHECK(w.rows % kRows == 0 && h.size(0) == y.size(0), "h, y and w2 do not go together");
   if (block_rows.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(h.get_device_index());
-  const int bytes = Layout(w).bytes(kRows);
-  by_format(w, [&](auto has_zero, auto share) {
-    launch_with(down_blocks_kernel<has_zero(), share()>, dim3(w.rows / kRows, block_rows.numel()), kWarps * 32, bytes,
-                h, data(y), data(h), w, choices);
+  const int bytes = Rows<>(w).bytes(kRows);
+  by_format<512>(w, [&](auto has_zero, auto share, auto columns) {
+    launch_with(down_blocks_kernel<has_zero(), share(), columns()>, dim3(w.rows / kRows, block_rows.numel()),
+                kWarps * 32, bytes, h, data(y), data(h), w, choices);
   });
 }
 

@@ -19,24 +19,24 @@ namespace experts {
 using bf16 = __nv_bfloat16;
 
 constexpr int kTile = 16;         // rows of W in a product
-constexpr int kColumns = 8;       // of choices in one
+constexpr int kTogether = 8;      // choices in one
 constexpr int kUnit = 32;         // columns of W
 constexpr int kChunk = 4;         // units that are taken together
 constexpr int kWarps = 8;         // of a block, but for the one that has a warp a choice
 constexpr int kMostKeys = 16;     // experts a lane, when a warp chooses
 constexpr int kMostChoices = 16;  // of a token
 
-struct Matrix {                // [experts, rows, columns]
-  const unsigned char* words;  // int4, 8 neighbours of a row in a word
-  const void* scale;           // [experts, rows, groups]
-  const unsigned char* zero;   // the same; or null: 8
+struct Matrix {                 // [experts, rows, columns]
+  const unsigned char* words;   // int4, 8 neighbours of a row in a word
+  const unsigned short* scale;  // bfloat16 [experts, rows, groups]
+  const unsigned char* zero;    // the same; or null: 8
   int rows, columns, groups;
   int shared_chunks;  // chunks with the same scale, as a power of two
-  int scale_type;     // 0: bfloat16, 1: float16, 2: float32
 };
 
 struct Choices {
   int top_k;
+  unsigned inverse;  // 2^32 / top_k, rounded up
   // for each token: its choices are the best of its logits [experts], and are written down
   const float* logits;
   int experts, logits_row;
@@ -55,20 +55,29 @@ struct Shared {            // the expert of all tokens: w [rows, columns] of wha
 __host__ __device__ inline int words_pitch(int columns) { return columns / 2 + 16; }
 __host__ __device__ inline int plain_pitch(int columns) { return columns * 2 + 64; }
 
-// Where a stack of rows of w lies in shared memory: words, scales and zero points, the latter two where each unit has
-// its own; otherwise a chunk has one at most, and it is read where it is.
-struct Layout {
-  int words, scales, zeros;  // pitches
-  __host__ __device__ explicit Layout(const Matrix& w) : words(words_pitch(w.columns)), scales(0), zeros(0) {
-    if (w.groups * kUnit != w.columns) return;
-    const int size = w.scale_type == 2 ? 4 : 2;
-    scales = (w.groups + kChunk) * size;
-    zeros = w.zero == nullptr ? 0 : w.groups + kChunk;
-  }
-  __host__ __device__ int bytes(int rows) const { return rows * (words + scales + zeros); }
+// How rows of w lie in shared memory: words, and scales and zero points where every unit has its own. Otherwise a chunk
+// has one at most, which is read where it is. kColumns: of w, 0 where it is known at run time only.
+template <int kColumns = 0>
+struct Rows {
+  int columns_, scales_, zeros_;
+  __host__ __device__ explicit Rows(const Matrix& w)
+      : columns_(w.columns),
+        scales_(w.groups * kUnit == w.columns ? 2 : 0),
+        zeros_(w.zero != nullptr && scales_ ? 1 : 0) {}
+  __host__ __device__ int columns() const { return kColumns ? kColumns : columns_; }
+  __host__ __device__ int words() const { return words_pitch(columns()); }
+  __host__ __device__ int numbers() const {
+    return columns() / kUnit + kChunk;
+  }  // of a row; scales take two bytes each
+  __host__ __device__ int bytes(int rows) const { return rows * (words() + (scales_ + zeros_) * numbers()); }
 };
 
 #if __CUDA_ARCH__ >= 900
+
+// The token of a choice, of which there are less than 2^32 / top_k^2.
+__device__ inline int token_of(int choice, const Choices& c) {
+  return c.top_k == 1 ? choice : int(__umulhi(unsigned(choice), c.inverse));
+}
 
 // The choices of a token are the largest keys: logits rounded to an order of integers, and experts counted down.
 __device__ inline int key_of(float logit, int expert, int low) {
@@ -116,182 +125,193 @@ __device__ inline float share_of(float logit, int top_k) {
 
 __device__ inline unsigned nibbles(unsigned word, int i) { return mask_or(word >> (4 * i), 0x000f000fu, 0x43004300u); }
 
-__device__ inline float read_scale(const void* scale, int64_t at, int type) {
-  if (type == 2) return static_cast<const float*>(scale)[at];
-  const unsigned short bits = static_cast<const unsigned short*>(scale)[at];
-  return type == 1 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(unsigned(bits) << 16);
-}
-
-// Chunks of a warp: two neighbours, a line of memory, of each 2 * warps.
-struct Chunks {
-  int warp, warps, count;  // count: of a row
-  __device__ int of(int i) const { return 2 * (warp + i / 2 * warps) + i % 2; }
-};
-
-// Has a warp's chunks of kTiles tiles of w copied to shared memory.
-//   rows: in the matrix, of the tiles' first rows
-template <int kTiles, bool kZero, int kShare>
-__device__ inline void fetch_tiles(unsigned to, const Layout& layout, const Matrix& w, const int64_t (&rows)[kTiles],
-                                   Chunks chunks) {
-  const int lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;
-  const int64_t bytes = w.columns / 2;
-#pragma unroll 1
-  for (int i = 0, chunk; (chunk = chunks.of(i)) < chunks.count; ++i) {
-    const int at = chunk * (kChunk * 16) + quarter * 16;
+// Calls f(chunk, the next one, whether there is one) for a warp's chunks: of 2 * kSplit neighbours two, a line of
+// memory.
+template <int kColumns, int kSplit, typename F>
+__device__ inline void for_chunks(int warp, int chunks, F f) {
+  constexpr int kStep = 2 * kSplit, kMine = kColumns / (kChunk * kUnit) / kSplit;
+  if constexpr (kMine > 0) {
+    static_assert(kColumns % (kChunk * kUnit * kStep) == 0, "");
 #pragma unroll
-    for (int j = 0; j < 2 * kTiles; ++j) {
-      copy_async<16>(to + (8 * j + row) * layout.words + at, w.words + (rows[j / 2] + j % 2 * 8 + row) * bytes + at);
+    for (int i = 0; i < kMine; ++i) {
+      const auto of = [&](int j) { return 2 * warp + j / 2 * kStep + j % 2; };
+      f(of(i), of(i + 1), i + 1 < kMine);
     }
-    if (kShare == 1 && lane < kTiles * kTile) {
-      const unsigned scales = to + kTiles * kTile * layout.words, mine = scales + lane * layout.scales;
-      const int64_t group =
-          ((kTiles == 2 && lane >= kTile ? rows[kTiles - 1] : rows[0]) + lane % kTile) * w.groups + chunk * kChunk;
-      if (w.scale_type == 2) {
-        copy_async<16>(mine + chunk * 16, static_cast<const float*>(w.scale) + group);
-      } else {
-        copy_async<8>(mine + chunk * 8, static_cast<const unsigned short*>(w.scale) + group);
-      }
-      if (kZero) {
-        copy_async<4>(scales + kTiles * kTile * layout.scales + lane * layout.zeros + chunk * kChunk, w.zero + group);
-      }
+  } else {
+#pragma unroll 1
+    for (int pair = 2 * warp; pair < chunks; pair += kStep) {
+      f(pair, pair + 1 < chunks ? pair + 1 : pair + kStep, pair + 1 < chunks || pair + kStep < chunks);
+      if (pair + 1 < chunks) f(pair + 1, pair + kStep, pair + kStep < chunks);
     }
   }
+}
+
+// Has a warp's chunks of kTiles tiles of w copied to shared memory. Tile i begins at row + i * stride of the matrix.
+template <int kTiles, bool kZero, int kShare, int kColumns, int kSplit>
+__device__ inline void fetch_tiles(unsigned to, const Rows<kColumns>& in, const Matrix& w, int64_t row, int stride,
+                                   int warp) {
+  const int lane = threadIdx.x % 32, bytes = in.columns() / 2, groups = in.columns() / kUnit;
+  const unsigned char* const words = w.words + (row + lane / 4) * bytes + lane % 4 * 16;
+  const unsigned words_to = to + lane / 4 * in.words() + lane % 4 * 16;
+  const int64_t own = (row + (lane / kTile) * stride + lane % kTile) * groups;  // scales: a row a lane
+  const unsigned scales_to = to + kTiles * kTile * in.words() + lane * 2 * in.numbers();
+  const unsigned zeros_to = to + kTiles * kTile * (in.words() + 2 * in.numbers()) + lane * in.numbers();
+  for_chunks<kColumns, kSplit>(warp, in.columns() / (kChunk * kUnit), [&](int chunk, int, bool) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        copy_async<16>(words_to + (i * kTile + half * 8) * in.words() + chunk * (kChunk * 16),
+                       words + int64_t(i) * stride * bytes + half * 8 * bytes + chunk * (kChunk * 16));
+      }
+    }
+    if (kShare == 1 && lane < kTiles * kTile) {
+      copy_async<8>(scales_to + chunk * (2 * kChunk), w.scale + own + chunk * kChunk);
+      if (kZero) copy_async<4>(zeros_to + chunk * kChunk, w.zero + own + chunk * kChunk);
+    }
+  });
   copy_commit();
 }
 
-// The scales of a chunk of a row: as they were copied, or the one that there is.
-template <int kGroups>
-__device__ inline void read_scales(float (&to)[kGroups], const unsigned char* from, int type) {
-  if (type == 2) {
-    const float4 v = *reinterpret_cast<const float4*>(from);
-    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-    return;
-  }
-  const uint2 four = *reinterpret_cast<const uint2*>(from);
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const unsigned two = j < 2 ? four.x : four.y, bits = j % 2 == 0 ? two & 0xffffu : two >> 16;
-    to[j] = type == 1 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(bits << 16);
-  }
-}
-
 // out[i] += tile i of W times x, for a warp's chunks, which fetch_tiles has asked for.
-//   base: of the tiles in shared memory; rows: as for fetch_tiles
-//   x: the lane's column, lane / 4, from its part of the first unit on
+//   base: of the tiles in shared memory; row, stride: as for fetch_tiles
+//   x: the lane's column, lane / 4, from its part of the first unit on; kOrdered: each eight of it in the order of the
+//      nibbles, 0 4 1 5 2 6 3 7
 // With one column all eight are the same.
-template <int kTiles, bool kMany, bool kZero, int kShare>
-__device__ inline void multiply_tiles(float (&out)[kTiles][4], const unsigned char* base, const Layout& layout,
-                                      const Matrix& w, const int64_t (&rows)[kTiles], const bf16* x, Chunks chunks) {
+template <int kTiles, bool kMany, bool kZero, int kShare, bool kOrdered, int kColumns, int kSplit>
+__device__ inline void multiply_tiles(float (&out)[kTiles][4], const unsigned char* base, const Rows<kColumns>& in,
+                                      const Matrix& w, int64_t row, int stride, const bf16* x, int warp) {
   constexpr int kGroups = kChunk / kShare;
   constexpr unsigned kOnes = 0x3f803f80u;
-  const int lane = threadIdx.x % 32, row = lane / 4;
-  const unsigned words = shared_address(base) + lane % 8 * layout.words + lane / 8 * 16;
-  const unsigned char* const scales = base + kTiles * kTile * layout.words;
-  const unsigned char* const zeros = scales + kTiles * kTile * layout.scales;
+  const int lane = threadIdx.x % 32;
+  const unsigned words = shared_address(base) + lane % 8 * in.words() + lane / 8 * 16;
+  const unsigned char* const scales = base + kTiles * kTile * in.words() + lane / 4 * 2 * in.numbers();
+  const unsigned char* const zeros = base + kTiles * kTile * (in.words() + 2 * in.numbers()) + lane / 4 * in.numbers();
   uint4 next[kChunk];
   const auto fetch = [&](int chunk) {
 #pragma unroll
     for (int u = 0; u < kChunk; ++u) next[u] = *reinterpret_cast<const uint4*>(x + (chunk * kChunk + u) * kUnit);
   };
-  if (chunks.of(0) < chunks.count) fetch(chunks.of(0));
+  if (2 * warp < in.columns() / (kChunk * kUnit)) fetch(2 * warp);
   copy_wait<0>();
   __syncwarp();
-#pragma unroll 1
-  for (int i = 0, chunk; (chunk = chunks.of(i)) < chunks.count; ++i) {
+  for_chunks<kColumns, kSplit>(warp, in.columns() / (kChunk * kUnit), [&](int chunk, int after, bool more) {
     unsigned pairs[kChunk][4];  // x in the order of the nibbles: (0,4) (1,5) (2,6) (3,7)
-    float sums[kChunk][4];      // of the lane's two columns, twice
+    float sums[kGroups][4];     // of the lane's two columns, twice, times what every element has too much
 #pragma unroll
-    for (int u = 0; u < kChunk; ++u) {
-      const uint4 v = next[u];
-      pairs[u][0] = __byte_perm(v.x, v.z, 0x5410), pairs[u][1] = __byte_perm(v.x, v.z, 0x7632);
-      pairs[u][2] = __byte_perm(v.y, v.w, 0x5410), pairs[u][3] = __byte_perm(v.y, v.w, 0x7632);
+    for (int group = 0; group < kGroups; ++group) {
+      float (&sum)[4] = sums[group];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums[u][j] = 0.f;
-      mma<bf16>(sums[u], kOnes, kOnes, kOnes, kOnes, pairs[u][0], pairs[u][1]);
-      mma<bf16>(sums[u], kOnes, kOnes, kOnes, kOnes, pairs[u][2], pairs[u][3]);
+      for (int j = 0; j < 4; ++j) sum[j] = 0.f;
+#pragma unroll
+      for (int u = group * kShare; u < (group + 1) * kShare; ++u) {
+        const uint4 v = next[u];
+        if (kOrdered) {
+          pairs[u][0] = v.x, pairs[u][1] = v.y, pairs[u][2] = v.z, pairs[u][3] = v.w;
+        } else {
+          pairs[u][0] = __byte_perm(v.x, v.z, 0x5410), pairs[u][1] = __byte_perm(v.x, v.z, 0x7632);
+          pairs[u][2] = __byte_perm(v.y, v.w, 0x5410), pairs[u][3] = __byte_perm(v.y, v.w, 0x7632);
+        }
+        mma<bf16>(sum, kOnes, kOnes, kOnes, kOnes, pairs[u][0], pairs[u][1]);
+        mma<bf16>(sum, kOnes, kOnes, kOnes, kOnes, pairs[u][2], pairs[u][3]);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[j] *= kZero ? -1.f : -136.f;
     }
-    if (chunks.of(i + 1) < chunks.count) fetch(chunks.of(i + 1));
+    if (more) fetch(after);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       unsigned low[kChunk], high[kChunk];
-      const unsigned at = words + tile * kTile * layout.words + chunk * (kChunk * 16);
-      load_tiles(low, at), load_tiles(high, at + 8 * layout.words);
-      float scale[2][kGroups], zero[2][kGroups];  // of the low row and the high one
+      const unsigned at = words + tile * kTile * in.words() + chunk * (kChunk * 16);
+      load_tiles(low, at), load_tiles(high, at + 8 * in.words());
+      float scale[2][kGroups], zero[2][kGroups];  // of the low row and the high one; zero points and 128
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int in_tile = half * 8 + row, in_all = tile * kTile + in_tile;
+        const int in_all = tile * kTile + half * 8;
         if constexpr (kShare == 1) {
-          const int size = w.scale_type == 2 ? 4 : 2;
-          read_scales(scale[half], scales + in_all * layout.scales + chunk * kChunk * size, w.scale_type);
+          const uint2 four = *reinterpret_cast<const uint2*>(scales + (in_all * in.numbers() + chunk * kChunk) * 2);
+          scale[half][0] = __uint_as_float(four.x << 16), scale[half][1] = __uint_as_float(four.x & 0xffff0000u);
+          scale[half][2] = __uint_as_float(four.y << 16), scale[half][3] = __uint_as_float(four.y & 0xffff0000u);
           if (kZero) {
-            const unsigned four = *reinterpret_cast<const unsigned*>(zeros + in_all * layout.zeros + chunk * kChunk);
+            const unsigned z = *reinterpret_cast<const unsigned*>(zeros + in_all * in.numbers() + chunk * kChunk);
 #pragma unroll
-            for (int j = 0; j < kGroups; ++j) zero[half][j] = -128.f - float(four >> (8 * j) & 0xffu);
+            for (int j = 0; j < kGroups; ++j) zero[half][j] = 128.f + float(z >> (8 * j) & 0xffu);
           }
         } else {
-          const int64_t group = (rows[tile] + in_tile) * w.groups + (chunk >> w.shared_chunks);
-          scale[half][0] = read_scale(w.scale, group, w.scale_type);
-          if (kZero) zero[half][0] = -128.f - float(w.zero[group]);
+          const int64_t group =
+              (row + int64_t(tile) * stride + half * 8 + lane / 4) * w.groups + (chunk >> w.shared_chunks);
+          scale[half][0] = __uint_as_float(unsigned(w.scale[group]) << 16);
+          if (kZero) zero[half][0] = 128.f + float(w.zero[group]);
         }
       }
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
-        float c[4] = {0.f, 0.f, 0.f, 0.f}, sum[2] = {0.f, 0.f};
+        float c[4], begin[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) begin[j] = kZero ? zero[j / 2][group] * sums[group][j] : sums[group][j];
 #pragma unroll
         for (int u = group * kShare; u < (group + 1) * kShare; ++u) {
           const unsigned a = low[u], b = high[u];
-          mma<bf16>(c, nibbles(a, 0), nibbles(b, 0), nibbles(a, 1), nibbles(b, 1), pairs[u][0], pairs[u][1]);
+          const float (&from)[4] = u == group * kShare ? begin : c;
+          mma<bf16>(c, nibbles(a, 0), nibbles(b, 0), nibbles(a, 1), nibbles(b, 1), pairs[u][0], pairs[u][1], from[0],
+                    from[1], from[2], from[3]);
           mma<bf16>(c, nibbles(a, 2), nibbles(b, 2), nibbles(a, 3), nibbles(b, 3), pairs[u][2], pairs[u][3]);
-#pragma unroll
-          for (int j = 0; j < 2; ++j) sum[j] = u == group * kShare ? sums[u][j] : sum[j] + sums[u][j];
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if (!kMany && j % 2 == 1) continue;
-          out[tile][j] += scale[j / 2][group] * (c[j] + (kZero ? zero[j / 2][group] : -136.f) * sum[j % 2]);
+          if (kMany || j % 2 == 0) out[tile][j] += scale[j / 2][group] * c[j];
         }
       }
     }
-  }
+  });
 }
+
+// Where element i of an eight is, in the order of the nibbles.
+__device__ inline int ordered(int i) { return i % 4 * 2 + i / 4; }
 
 __device__ inline float swiglu(float gate, float up) { return gate / (1.f + __expf(-gate)) * up; }
 
 #endif
 
-// h = silu(gate x) * up x for 16 rows of gate and of up (w's first and second half) and one choice, or a block of them.
-// The warps share the columns. Blocks: x tiles, y choices or blocks.
-template <bool kMany, bool kZero, int kShare, int kKeys>
+// h = silu(gate x) * up x, each eight in the order of the nibbles, for 16 rows of gate and of up (w's first and second
+// half) and one choice, or a block of them. The warps share the columns. Blocks: x tiles, y choices or blocks.
+template <bool kMany, bool kZero, int kShare, int kKeys, int kColumns>
 __global__ void __launch_bounds__(kWarps * 32, 3)
     gate_up_kernel(bf16* h, const bf16* x, const __grid_constant__ Matrix w, const __grid_constant__ Choices choices) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kWide = kMany ? kColumns : 1, kOut = kTile * kWide;
+  constexpr int kWide = kMany ? kTogether : 1, kOut = kTile * kWide;
   unsigned char* const memory = dynamic_memory();
   __shared__ __align__(16) float partial[kWarps * 2 * kOut];  // [warps, gate or up, rows, columns]
+  __shared__ int picked;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, quarter = lane % 4;
   const int inner = w.rows / 2, first = blockIdx.x * kTile;
-  const Layout layout(w);
-  const Chunks chunks{warp, kWarps, w.columns / (kChunk * kUnit)};
+  const Rows<kColumns> in(w);
   wait_for_predecessor();
   let_successor_start();
   int expert, count = 1, choice = blockIdx.y;  // choice: of the lane's column
   if constexpr (kMany) {
     count = choices.block_rows[blockIdx.y];
     expert = choices.block_expert[blockIdx.y];
-    const int own = choices.order[blockIdx.y * kColumns + row], another = choices.order[blockIdx.y * kColumns];
+    const int own = choices.order[blockIdx.y * kTogether + row], another = choices.order[blockIdx.y * kTogether];
     if (count == 0) return;
     choice = row < count ? own : another;
   } else {
-    const int token = blockIdx.y / choices.top_k, k = blockIdx.y - token * choices.top_k;
-    const int chosen = choose<kKeys>(choices.logits + int64_t(token) * choices.logits_row, choices.experts, k + 1);
-    expert = __shfl_sync(0xffffffffu, chosen, k);
-    if (blockIdx.x == 0 && threadIdx.x == 0) choices.chosen[blockIdx.y] = expert;
+    if (warp == 0) {
+      const int token = token_of(blockIdx.y, choices), k = blockIdx.y - token * choices.top_k;
+      const int chosen = choose<kKeys>(choices.logits + int64_t(token) * choices.logits_row, choices.experts, k + 1);
+      if (lane == k) {
+        picked = chosen;
+        if (blockIdx.x == 0) choices.chosen[blockIdx.y] = chosen;
+      }
+    }
+    __syncthreads();
+    expert = picked;
   }
-  const int64_t rows[2] = {int64_t(expert) * w.rows + first, int64_t(expert) * w.rows + inner + first};
-  fetch_tiles<2, kZero, kShare>(shared_address(memory), layout, w, rows, chunks);
+  const int64_t begin = int64_t(expert) * w.rows + first;
+  fetch_tiles<2, kZero, kShare, kColumns, kWarps>(shared_address(memory), in, w, begin, inner, warp);
   float sums[2][4] = {};
-  multiply_tiles<2, kMany, kZero, kShare>(sums, memory, layout, w, rows,
-                                          x + int64_t(choice / choices.top_k) * w.columns + quarter * 8, chunks);
+  multiply_tiles<2, kMany, kZero, kShare, false, kColumns, kWarps>(
+      sums, memory, in, w, begin, inner, x + int64_t(token_of(choice, choices)) * in.columns() + quarter * 8, warp);
 
   float* const mine = partial + warp * (2 * kOut) + row * kWide + (kMany ? 2 * quarter : 0);
 #pragma unroll
@@ -313,8 +333,8 @@ __global__ void __launch_bounds__(kWarps * 32, 3)
       const float* const from = partial + j * (2 * kOut) + out_row * kWide + column;
       gate += from[0], up += from[kOut];
     }
-    const int64_t to = kMany ? choices.order[blockIdx.y * kColumns + column] : blockIdx.y;
-    h[to * inner + first + out_row] = __float2bfloat16_rn(swiglu(gate, up));
+    const int64_t to = kMany ? choices.order[blockIdx.y * kTogether + column] : blockIdx.y;
+    h[to * inner + first + out_row / 8 * 8 + ordered(out_row % 8)] = __float2bfloat16_rn(swiglu(gate, up));
   }
 #endif
 }
@@ -322,20 +342,20 @@ __global__ void __launch_bounds__(kWarps * 32, 3)
 // y = the sum of one token's choices by their shares, and of the shared expert's part: 16 rows a block, a choice a
 // warp. early: choose again from the logits, so that the weights are under way before h is written. add: to what is in
 // y. Blocks: x tiles, y tokens.
-template <bool kZero, int kShare, int kKeys>
+template <bool kZero, int kShare, int kKeys, int kColumns>
 __global__ void __launch_bounds__(kMostChoices * 32)
     down_token_kernel(bf16* y, const bf16* h, const __grid_constant__ Matrix w, const __grid_constant__ Choices choices,
                       const __grid_constant__ Shared shared, bool early, bool add) {
 #if __CUDA_ARCH__ >= 900
   unsigned char* const memory = dynamic_memory();
-  __shared__ float partial[kMostChoices * kTile];
+  __shared__ float partial[kMostChoices * kTile], shares[kMostChoices];
+  __shared__ int experts[kMostChoices];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, quarter = lane % 4;
   const int top_k = choices.top_k, token = blockIdx.y, first = blockIdx.x * kTile;
-  const Layout layout(w);
-  const Chunks chunks{0, 1, w.columns / (kChunk * kUnit)};
+  const Rows<kColumns> in(w);
   const int shared_pitch = plain_pitch(shared.columns), shared_units = shared.columns / kUnit;
-  unsigned char* const own = memory + warp * layout.bytes(kTile);
-  unsigned char* const shared_rows = memory + top_k * layout.bytes(kTile);
+  unsigned char* const own = memory + warp * in.bytes(kTile);
+  unsigned char* const shared_rows = memory + top_k * in.bytes(kTile);
   if (shared.w != nullptr) {  // each warp what it multiplies itself
     const unsigned to = shared_address(shared_rows);
     for (int unit = warp; unit < shared_units; unit += top_k) {
@@ -352,23 +372,28 @@ __global__ void __launch_bounds__(kMostChoices * 32)
     let_successor_start();
   }
   const float* const logits = choices.logits + int64_t(token) * choices.logits_row;
-  int chosen = 0;
-  if (early) {
-    chosen = choose<kKeys>(logits, choices.experts, top_k);
-  } else if (lane < top_k) {
-    chosen = choices.chosen[token * top_k + lane];
+  if (warp == 0) {
+    int expert = 0;
+    if (early) {
+      expert = choose<kKeys>(logits, choices.experts, top_k);
+    } else if (lane < top_k) {
+      expert = choices.chosen[token * top_k + lane];
+    }
+    if (lane < top_k) experts[lane] = expert;
+    const float share = share_of(__ldcg(logits + expert), top_k);
+    if (lane < top_k) shares[lane] = share;
   }
-  const int64_t rows[1] = {int64_t(__shfl_sync(0xffffffffu, chosen, warp)) * w.rows + first};
-  fetch_tiles<1, kZero, kShare>(shared_address(own), layout, w, rows, chunks);
-  const float share = __shfl_sync(0xffffffffu, share_of(__ldcg(logits + chosen), top_k), warp);
+  __syncthreads();
+  const int64_t begin = int64_t(experts[warp]) * w.rows + first;
+  fetch_tiles<1, kZero, kShare, kColumns, 1>(shared_address(own), in, w, begin, 0, 0);
   if (early) {
     wait_for_predecessor();
     let_successor_start();
   }
   float sums[1][4] = {};
-  multiply_tiles<1, false, kZero, kShare>(sums, own, layout, w, rows,
-                                          h + int64_t(token * top_k + warp) * w.columns + quarter * 8, chunks);
-  float low = share * sums[0][0], high = share * sums[0][2];
+  multiply_tiles<1, false, kZero, kShare, true, kColumns, 1>(
+      sums, own, in, w, begin, 0, h + int64_t(token * top_k + warp) * in.columns() + quarter * 8, 0);
+  float low = shares[warp] * sums[0][0], high = shares[warp] * sums[0][2];
   y += int64_t(token) * w.rows + first;
   const bf16 old = add && threadIdx.x < kTile ? y[threadIdx.x] : bf16();
   if (shared.w != nullptr) {
@@ -397,30 +422,30 @@ __global__ void __launch_bounds__(kMostChoices * 32)
 }
 
 // y = down h for every choice of a block of them, 16 rows a warp. Blocks: x 128 rows, y blocks.
-template <bool kZero, int kShare>
+template <bool kZero, int kShare, int kColumns>
 __global__ void __launch_bounds__(kWarps * 32, 3)
     down_blocks_kernel(bf16* y, const bf16* h, const __grid_constant__ Matrix w,
                        const __grid_constant__ Choices choices) {
 #if __CUDA_ARCH__ >= 900
   constexpr int kRows = kWarps * kTile;
   unsigned char* const memory = dynamic_memory();
-  __shared__ __align__(16) bf16 results[kColumns * kRows];  // in this order neighbours are written together
+  __shared__ __align__(16) bf16 results[kTogether * kRows];  // in this order neighbours are written together
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, quarter = lane % 4;
   const int first = blockIdx.x * kRows + warp * kTile;
-  const Layout layout(w);
-  const Chunks chunks{0, 1, w.columns / (kChunk * kUnit)};
-  unsigned char* const own = memory + warp * layout.bytes(kTile);
+  const Rows<kColumns> in(w);
+  unsigned char* const own = memory + warp * in.bytes(kTile);
   // The lists were complete before gate_up began, and it has begun; only the L1 cache may not know it.
   const int count = __ldcg(choices.block_rows + blockIdx.y), expert = __ldcg(choices.block_expert + blockIdx.y);
-  const int* const order = choices.order + blockIdx.y * kColumns;
+  const int* const order = choices.order + blockIdx.y * kTogether;
   const int64_t mine = __ldcg(order + row), another = __ldcg(order);
   if (count == 0) return;
-  const int64_t rows[1] = {int64_t(expert) * w.rows + first}, choice = row < count ? mine : another;
-  fetch_tiles<1, kZero, kShare>(shared_address(own), layout, w, rows, chunks);
+  const int64_t begin = int64_t(expert) * w.rows + first, choice = row < count ? mine : another;
+  fetch_tiles<1, kZero, kShare, kColumns, 1>(shared_address(own), in, w, begin, 0, 0);
   wait_for_predecessor();
   let_successor_start();
   float sums[1][4] = {};
-  multiply_tiles<1, true, kZero, kShare>(sums, own, layout, w, rows, h + choice * w.columns + quarter * 8, chunks);
+  multiply_tiles<1, true, kZero, kShare, true, kColumns, 1>(sums, own, in, w, begin, 0,
+                                                            h + choice * in.columns() + quarter * 8, 0);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     results[(2 * quarter + j % 2) * kRows + warp * kTile + row + j / 2 * 8] = __float2bfloat16_rn(sums[0][j]);

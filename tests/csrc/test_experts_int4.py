@@ -30,13 +30,14 @@ FORMS = ("int4", "int4 zero", "int4 128")
 
 class Matrix(ctypes.Structure):
     _fields_ = [(name, c_void_p) for name in ("words", "scale", "zero")] + [
-        (name, c_int) for name in ("rows", "columns", "groups", "shared_chunks", "scale_type")
+        (name, c_int) for name in ("rows", "columns", "groups", "shared_chunks")
     ]
 
 
 class Choices(ctypes.Structure):
     _fields_ = [
         ("top_k", c_int),
+        ("inverse", ctypes.c_uint),
         ("logits", c_void_p),
         ("experts", c_int),
         ("logits_row", c_int),
@@ -59,9 +60,8 @@ class Emulated:
     def matrix(self, words, scale, zero):
         rows, columns, groups = words.shape[1], words.shape[2] * 8, scale.shape[2]
         chunks = max(1, columns // groups // 128)
-        kinds = [torch.bfloat16, torch.float16, torch.float32]
         parts = [None if part is None else aligned(part) for part in (words, scale, zero)]
-        made = Matrix(*map(pointer, parts), rows, columns, groups, chunks.bit_length() - 1, kinds.index(scale.dtype))
+        made = Matrix(*map(pointer, parts), rows, columns, groups, chunks.bit_length() - 1)
         made.parts = parts  # kept alive
         return ctypes.byref(made)
 
@@ -71,25 +71,39 @@ class Emulated:
         out.copy_(result)
 
     def gate_up_token(self, h, x, words, scale, zero, logits, chosen, top_k):
-        choices = Choices(top_k, pointer(logits), words.shape[0], logits.stride(0), pointer(chosen))
+        choices = Choices(
+            top_k,
+            -(-(1 << 32) // top_k) & 0xFFFFFFFF,
+            pointer(logits),
+            words.shape[0],
+            logits.stride(0),
+            pointer(chosen),
+        )
         self.call("gate_up_token", h, x, self.matrix(words, scale, zero), choices, x.shape[0])
 
     def gate_up_blocks(self, h, x, words, scale, zero, order, block_expert, block_rows, top_k):
         lists = map(pointer, (order, block_expert, block_rows))
-        choices = Choices(top_k, None, 0, 0, None, *lists)
+        choices = Choices(top_k, -(-(1 << 32) // top_k) & 0xFFFFFFFF, None, 0, 0, None, *lists)
         self.call("gate_up_blocks", h, x, self.matrix(words, scale, zero), choices, block_rows.numel())
 
     def down_token(self, y, h, words, scale, zero, shared_x, shared_w, logits, chosen, top_k, early, add):
         if early:  # then it is not read
             chosen = None
-        choices = Choices(top_k, pointer(logits), words.shape[0], logits.stride(0), pointer(chosen))
+        choices = Choices(
+            top_k,
+            -(-(1 << 32) // top_k) & 0xFFFFFFFF,
+            pointer(logits),
+            words.shape[0],
+            logits.stride(0),
+            pointer(chosen),
+        )
         parts = [None if part is None else aligned(part) for part in (shared_w, shared_x)]
         shared = Shared(*map(pointer, parts), 0 if shared_w is None else shared_w.shape[1])
         rest = ctypes.byref(shared), y.shape[0], ctypes.c_bool(early), ctypes.c_bool(add)
         self.call("down_token", y, h, self.matrix(words, scale, zero), choices, *rest, keep=add)
 
     def down_blocks(self, y, h, words, scale, zero, order, block_expert, block_rows):
-        choices = Choices(1, None, 0, 0, None, *map(pointer, (order, block_expert, block_rows)))
+        choices = Choices(1, 0, None, 0, 0, None, *map(pointer, (order, block_expert, block_rows)))
         self.call("down_blocks", y, h, self.matrix(words, scale, zero), choices, block_rows.numel())
 
 
@@ -133,15 +147,6 @@ def test_between_residual_and_residual(device, T):
     assert torch.equal(residual, want)
 
 
-def rescaled(weights: MoEWeights, dtype: torch.dtype) -> MoEWeights:
-    """The same with scales of this dtype."""
-    parts = [
-        KernelWeight(w.kind, w.values, w.scale.to(dtype), w.zero, w.group, w.scale_rows)
-        for w in (weights.w13, weights.w2)
-    ]
-    return MoEWeights(weights.router, *parts, weights.gate, weights.s13, weights.s2)
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("T", [1, 3])
 def test_a_few_tokens(device, form, T):
@@ -151,16 +156,17 @@ def test_a_few_tokens(device, form, T):
 
 
 @pytest.mark.parametrize(
-    "E,D,I,S,top_k,scales",
+    "E,D,I,S,top_k",
     [
-        (300, 128, 128, 96, 10, torch.float16),  # more experts than one key a lane eight times over; not a power of two
-        (5, 384, 256, 0, 3, torch.float32),  # no shared expert
-        (1, 128, 128, 32, 1, torch.float32),
-        (16, 1152, 128, 0, 16, torch.float16),  # more chunks than warps; every expert
+        (300, 128, 128, 96, 10),  # more experts than one key a lane eight times over; not a power of two
+        (5, 384, 256, 0, 3),  # no shared expert
+        (1, 128, 128, 32, 1),
+        (3, 2048, 512, 64, 2),  # the sizes that are known at compile time
+        (16, 1152, 128, 0, 16),  # more chunks than warps; every expert
     ],
 )
-def test_shapes(device, E, D, I, S, top_k, scales):
-    weights = rescaled(layer(E, D, I, S, "int4", torch.bfloat16, device), scales)
+def test_shapes(device, E, D, I, S, top_k):
+    weights = layer(E, D, I, S, "int4", torch.bfloat16, device)
     x = torch.randn(2, D, device=device).bfloat16()
     assert_alike(moe_few_tokens_cuda(x, weights, top_k), moe_few_tokens_torch(x, weights, top_k))
 

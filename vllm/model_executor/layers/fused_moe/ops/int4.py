@@ -30,12 +30,14 @@ OWN_BYTES = 12 << 10
 
 
 def reads(weight: KernelWeight, rows: int) -> bool:
-    """Whether the kernels read these stacked rows: whole chunks of 128 columns, groups of 32 or of whole chunks.
+    """Whether the kernels read these stacked rows: whole chunks of 128 columns, bfloat16 scales of groups of 32 or of whole chunks.
 
     Args:
         rows: of which every expert has to have a multiple.
     """
     if weight.kind != "int4" or weight.values.dim() != 3 or weight.scale_rows != 1 or weight.row_scale is not None:
+        return False
+    if weight.scale is not None and weight.scale.dtype != torch.bfloat16:
         return False
     columns = weight.values.shape[-1] * 8
     group = min(weight.group, columns)
@@ -49,7 +51,7 @@ def shared_bytes(top_k: int, inner: int, shared: int) -> int:
     Args:
         inner, shared: inputs of the experts' and of the shared expert's second matrix; 0: there is none.
     """
-    row = inner // 2 + 16 + 5 * (inner // 32 + 4)  # words; scales in float32 and zero points at most
+    row = inner // 2 + 16 + 3 * (inner // 32 + 4)  # words; scales and zero points at most
     return 16 * (top_k * row + (2 * shared + 64 if shared else 0)) + OWN_BYTES
 
 
