@@ -97,49 +97,53 @@ __device__ inline int scale_size(const Problem& p) {
   return K::kScaling == Scaling::kShort || p.scale_type != 2 ? 2 : 4;
 }
 
-// One lane's part of a chunk of x: the pairs of its columns, and for int4 what a group's products begin with, in every
-// row of W or, where rows have zero points, times what is to be taken from their elements.
+// One lane's part of a chunk of x as it lies in memory.
 template <typename K>
-struct Part {
-  static constexpr Format kFormat = K::kFormat;
-  static constexpr int kPairs = elements(kFormat) / 2;
-  unsigned pairs[4][kPairs];
-  // Over all lanes, of columns 2 * (lane % 4) and the next: twice, as products have them, where registers are free.
-  static constexpr int kSums = K::kKeep > 0 ? 2 : 4;
-  static constexpr int kSpan = K::kShare > 2 ? K::kShare : 2;  // steps to be prepared together
-  float sums[K::kGroups][kSums];
+struct Raw {
+  static constexpr int kWords = elements(K::kFormat) / 2;
+  unsigned words[4][kWords];
 
-  // x: the lane's row and column of step 0.
-  __device__ void load(const bf16* x, int chunk) {
+  // x: the lane's row and column of step 0. Loads kSpan steps of a chunk.
+  template <int kSpan>
+  __device__ void load(const bf16* x, int chunk, int first) {
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      const bf16* const from = x + (chunk * 4 + step) * (4 * elements(kFormat));
-      if constexpr (kFormat == Format::kInt4) {
+    for (int step = first; step < first + kSpan; ++step) {
+      const bf16* const from = x + (chunk * 4 + step) * (4 * elements(K::kFormat));
+      if constexpr (K::kFormat == Format::kInt4) {
         const uint4 v = *reinterpret_cast<const uint4*>(from);
-        pairs[step][0] = v.x, pairs[step][1] = v.y, pairs[step][2] = v.z, pairs[step][3] = v.w;
+        words[step][0] = v.x, words[step][1] = v.y, words[step][2] = v.z, words[step][3] = v.w;
       } else {
         const uint2 v = *reinterpret_cast<const uint2*>(from);
-        pairs[step][0] = v.x, pairs[step][1] = v.y;
+        words[step][0] = v.x, words[step][1] = v.y;
       }
     }
   }
-  // To be called once for each span, by its first step, when the loads may be waited for.
-  __device__ void prepare(int first) {
+};
+
+// The same in the order of W's pairs, and for int4 what a group's products begin with, in every row of W or, where rows
+// have zero points, times what is to be taken from their elements.
+template <typename K>
+struct Part {
+  static constexpr int kPairs = elements(K::kFormat) / 2;
+  static constexpr int kSpan = K::kShare > 2 ? K::kShare : 2;  // steps to be prepared together
+  static constexpr int kSums = K::kKeep > 0 || K::kWide * K::kTall > 2 ? 2 : 4;           // twice, as products have them, where registers are free
+  unsigned pairs[4][kPairs];
+  float sums[K::kGroups][kSums];  // over all lanes, of columns 2 * (lane % 4) and the next
+
+  // factor: of the sums, in all of a product's operand.
+  __device__ void prepare(const Raw<K>& x, int first, const unsigned (&factor)[4]) {
     float c[4] = {};
 #pragma unroll
     for (int step = first; step < first + kSpan; ++step) {
-      unsigned v[kPairs];
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) v[i] = pairs[step][i];
+      const unsigned (&v)[kPairs] = x.words[step];
 #pragma unroll
       for (int i = 0; i < kPairs / 2; ++i) {
         pairs[step][2 * i] = __byte_perm(v[i], v[i + kPairs / 2], 0x5410);
         pairs[step][2 * i + 1] = __byte_perm(v[i], v[i + kPairs / 2], 0x7632);
       }
-      if constexpr (kFormat == Format::kInt4) {
-        constexpr unsigned kFactor = K::kZero ? 0x3f803f80u : 0xc308c308u;  // 1 or -136
-        mma<bf16>(c, kFactor, kFactor, kFactor, kFactor, pairs[step][0], pairs[step][1]);
-        mma<bf16>(c, kFactor, kFactor, kFactor, kFactor, pairs[step][2], pairs[step][3]);
+      if constexpr (K::kFormat == Format::kInt4) {
+        mma<bf16>(c, factor[0], factor[1], factor[2], factor[3], pairs[step][0], pairs[step][1]);
+        mma<bf16>(c, factor[0], factor[1], factor[2], factor[3], pairs[step][2], pairs[step][3]);
         if (step % K::kShare == K::kShare - 1) {
 #pragma unroll
           for (int i = 0; i < kSums; ++i) sums[step / K::kShare][i] = c[i];
@@ -227,15 +231,16 @@ struct Asker {
   const Problem& p;
   int lane, begin, mine;  // the warp's first chunk of each tile, and how many
   int tile, turn, left, late;
-  const unsigned char* rows;  // of the tile
-  int pieces[kPieces];        // bytes from there
+  const unsigned char* rows;  // of the tile, at the next chunk
+  unsigned pieces[kPieces];   // bytes from there
   const unsigned char* extras[kOwn > 0 ? kOwn : 1];
+  unsigned piece_at, scale_at, zero_at;  // bytes in a stage
 
   __device__ void enter(int first_row) {
     rows = p.w + first_row * p.w_row + begin * kChunk;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      pieces[i] = min(i * 8 + lane / 4, p.N - 1 - first_row) * int(p.w_row) + lane % 4 * 16;
+      pieces[i] = min(i * 8 + lane / 4, p.N - 1 - first_row) * unsigned(p.w_row) + lane % 4 * 16;
     }
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -255,20 +260,17 @@ struct Asker {
     if (left > 0) {
       if (turn == mine) enter(tile++ * K::kRows), turn = 0;
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        copy_async<16>(to + (i * 8 + lane / 4) * kPitch + lane % 4 * 16, rows + pieces[i] + turn * kChunk);
-      }
-      const int group = K::kGroups > 1 ? (begin + turn) * K::kGroups : (begin + turn) >> p.shared_chunks;
-      to += K::kRows * kPitch;
+      for (int i = 0; i < kPieces; ++i) copy_async<16>(to + piece_at + i * 8 * kPitch, rows + pieces[i]);
+      const unsigned group = K::kGroups > 1 ? (begin + turn) * K::kGroups : (begin + turn) >> p.shared_chunks;
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
-        const int at = i * 32 + lane;
-        if (at < K::kRows) {
-          copy_scales(to + at * K::kScaleSlot, extras[i], group);
-        } else if (at < kExtras) {
-          copy_word(to + K::kRows * K::kScaleSlot + (at - K::kRows) * K::kZeroSlot, extras[i] + group);
+        if (i * 32 + lane < K::kRows) {
+          copy_scales(to + scale_at, extras[i] + group * unsigned(scale_size<K>(p)));
+        } else if (i * 32 + lane < kExtras) {
+          copy_word(to + zero_at, extras[i] + group);
         }
       }
+      rows += kChunk;
       ++turn;
       if (--left == late) let_successor_start();
     }
@@ -278,14 +280,13 @@ struct Asker {
   static __device__ void copy_word(unsigned to, const unsigned char* from) {
     copy_async<4>(to, reinterpret_cast<const unsigned char*>(reinterpret_cast<uintptr_t>(from) & ~uintptr_t{3}));
   }
-  __device__ void copy_scales(unsigned to, const unsigned char* row, int group) {
-    row += group * scale_size<K>(p);
+  __device__ void copy_scales(unsigned to, const unsigned char* from) {
     if constexpr (K::kGroups == 1) {
-      copy_word(to, row);
+      copy_word(to, from);
     } else if (scale_size<K>(p) == 2) {
-      copy_async<K::kGroups * 2>(to, row);
+      copy_async<K::kGroups * 2>(to, from);
     } else {
-      copy_async<K::kGroups * 4>(to, row);
+      copy_async<K::kGroups * 4>(to, from);
     }
   }
 };
@@ -297,7 +298,8 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
     quantised_gemm_kernel(bf16* y, const bf16* x, const __grid_constant__ Problem p) {
 #if __CUDA_ARCH__ >= 900
   constexpr int kWide = K::kWide, kRows = K::kRows;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, quarter = lane % 4;
+  const int lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;
+  const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x / 32), 0);  // the compiler should know it for the same
   const int all_tiles = (p.N + kRows - 1) / kRows, chunks = p.row_bytes / kChunk;
   const int first = int64_t(all_tiles) * blockIdx.x / gridDim.x;
   const int end = int64_t(all_tiles) * (blockIdx.x + 1) / gridDim.x;
@@ -310,6 +312,10 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
   // Weights do not change while a model runs, so the first ones need not wait for the kernel that writes x.
   const int items = (end - first) * mine;
   Asker<K> asker{p, lane, begin, mine, first, mine, items, min(p.late, items - 1)};
+  asker.piece_at = lane / 4 * kPitch + lane % 4 * 16;
+  asker.scale_at = kRows * kPitch + lane % kRows * K::kScaleSlot;
+  asker.zero_at = kRows * (kPitch + K::kScaleSlot) + lane % kRows * K::kZeroSlot;
+  unmade(asker.piece_at), unmade(asker.scale_at), unmade(asker.zero_at);
   for (int at = 0; at < ring_bytes - K::kStage; at += K::kStage) asker.ask(ring_at + at);
   int stage = 0, before = ring_bytes - K::kStage;  // bytes in the ring: of the next chunk to come, and of the last
   wait_for_predecessor();
@@ -322,22 +328,29 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
   using X = Part<K>;
   constexpr int kKept = K::kKeep > 0 ? K::kKeep : 1;
   constexpr bool kAhead = K::kKeep == 0 && kWide == 1;  // x is read a chunk ahead, as far as there are registers
-  X kept[kKept][kWide], ahead;
+  X kept[kKept][kWide];
+  Raw<K> raw[kWide];
+  constexpr unsigned kFactor = K::kZero ? 0x3f803f80u : 0xc308c308u;  // 1 or -136
+  unsigned factor[4] = {kFactor, kFactor, kFactor, kFactor};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) unmade(factor[i]);  // or each product would get a copy of its own
   if constexpr (K::kKeep > 0) {
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
       if (i < mine) {
 #pragma unroll
         for (int j = 0; j < kWide; ++j) {
-          kept[i][j].load(x + from[j], begin + i);
+          raw[j].template load<4>(x + from[j], begin + i, 0);
 #pragma unroll
-          for (int step = 0; step < 4; step += X::kSpan) kept[i][j].prepare(step);
+          for (int step = 0; step < 4; step += X::kSpan) kept[i][j].prepare(raw[j], step, factor);
         }
       }
     }
   } else if constexpr (kAhead) {
-    if (mine > 0) ahead.load(x + from[0], begin);
+    if (mine > 0) raw[0].template load<4>(x + from[0], begin, 0);
   }
+  unsigned words_at = ring_at + lane % 16 * kPitch + lane / 16 * 16;
+  unmade(words_at);
 
 #pragma unroll 1
   for (int tile = first; tile < end; ++tile) {
@@ -355,7 +368,6 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
     }
     float acc[K::kTall][kWide][4] = {};
     const auto take = [&](int turn, X(&part)[kWide]) {
-      const unsigned words = ring_at + stage + lane % 16 * kPitch + lane / 16 * 16;
       const unsigned char* const scales = ring + stage + kRows * kPitch + row * K::kScaleSlot;
       const unsigned char* const zeros = ring + stage + kRows * (kPitch + K::kScaleSlot) + row * K::kZeroSlot;
       float c[K::kTall][kWide][4];
@@ -364,7 +376,8 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
       for (int step = 0; step < 4; step += 2) {
         if (K::kKeep == 0 && step % X::kSpan == 0) {
 #pragma unroll
-          for (int j = 0; j < kWide; ++j) part[j].prepare(step);
+          for (int j = 0; j < kWide; ++j) part[j].prepare(raw[j], step, factor);
+          if (kAhead) raw[0].template load<X::kSpan>(x + from[0], turn + 1 < mine ? begin + turn + 1 : begin, step);
         }
 #pragma unroll
         for (int i = 0; i < K::kTall; ++i) {
@@ -381,7 +394,7 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
             s[i].read(scales + at * K::kScaleSlot, zeros + at * K::kZeroSlot, scale_at, zero_at, p.scale_type);
           }
           unsigned w[4];  // both of a step, both of the next
-          load_tiles(w, words + i * kTile * kPitch + step * 16);
+          load_tiles(w, words_at + stage + i * kTile * kPitch + step * 16);
           multiply<K>(acc[i], c[i], w[0], w[1], part, s[i], step);
           multiply<K>(acc[i], c[i], w[2], w[3], part, s[i], step + 1);
         }
@@ -407,12 +420,9 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
     } else {
 #pragma unroll 1
       for (int turn = 0; turn < mine; ++turn) {
-        if constexpr (kAhead) {
-          kept[0][0] = ahead;
-          ahead.load(x + from[0], turn + 1 < mine ? begin + turn + 1 : begin);
-        } else {
+        if (!kAhead) {
 #pragma unroll
-          for (int j = 0; j < kWide; ++j) kept[0][j].load(x + from[j], begin + turn);
+          for (int j = 0; j < kWide; ++j) raw[j].template load<4>(x + from[j], begin + turn, 0);
         }
         arrive(), take(turn, kept[0]);
       }
