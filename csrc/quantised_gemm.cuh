@@ -80,11 +80,16 @@ __device__ inline unsigned pair(unsigned word, int i) {
     // 128 + the low seven bits, less 256, or 128 where the high bit is set
     const unsigned bytes = word >> (8 * i);
     return sub2(mask_or(bytes, 0x007f007fu, 0x43004300u), (bytes & 0x00800080u) ^ 0x43804380u);
-  } else {  // exponent and mantissa are bfloat16's but for the bias, 120 less
+  } else {  // exponent and mantissa are bfloat16's but for the bias: 2^-120 of the number
     const unsigned bytes = word << (8 - 8 * i);
-    return mul2((bytes & 0x80008000u) | (bytes >> 4 & 0x07f007f0u), 0x7b807b80u);
+    return (bytes & 0x80008000u) | (bytes >> 4 & 0x07f007f0u);
   }
 }
+
+// What is missing from fp8 elements, which no bfloat16 has room for beside all of x: x is made as much larger as leaves
+// products and sums ordinary floats, and sums the rest.
+constexpr unsigned kLarger = 0x5f805f80u;  // 2^64, twice
+constexpr float kSumsLarger = float(int64_t{1} << 56);
 
 __device__ inline float read_scale(const unsigned char* scales, int index, int type) {
   if (type == 2) return reinterpret_cast<const float*>(scales)[index];
@@ -126,7 +131,7 @@ template <typename K>
 struct Part {
   static constexpr int kPairs = elements(K::kFormat) / 2;
   static constexpr int kSpan = K::kShare > 2 ? K::kShare : 2;  // steps to be prepared together
-  static constexpr int kSums = K::kKeep > 0 || K::kWide * K::kTall > 2 ? 2 : 4;           // twice, as products have them, where registers are free
+  static constexpr int kSums = K::kKeep > 0 ? 2 : 4;           // twice, as products have them, where registers are free
   unsigned pairs[4][kPairs];
   float sums[K::kGroups][kSums];  // over all lanes, of columns 2 * (lane % 4) and the next
 
@@ -140,6 +145,10 @@ struct Part {
       for (int i = 0; i < kPairs / 2; ++i) {
         pairs[step][2 * i] = __byte_perm(v[i], v[i + kPairs / 2], 0x5410);
         pairs[step][2 * i + 1] = __byte_perm(v[i], v[i + kPairs / 2], 0x7632);
+      }
+      if constexpr (K::kFormat == Format::kFp8) {
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) pairs[step][i] = mul2(pairs[step][i], kLarger);
       }
       if constexpr (K::kFormat == Format::kInt4) {
         mma<bf16>(c, factor[0], factor[1], factor[2], factor[3], pairs[step][0], pairs[step][1]);
@@ -230,7 +239,7 @@ struct Asker {
   static constexpr int kOwn = (kExtras + 31) / 32;
   const Problem& p;
   int lane, begin, mine;  // the warp's first chunk of each tile, and how many
-  int tile, turn, left, late;
+  int tile, turn, left;
   const unsigned char* rows;  // of the tile, at the next chunk
   unsigned pieces[kPieces];   // bytes from there
   const unsigned char* extras[kOwn > 0 ? kOwn : 1];
@@ -272,7 +281,7 @@ struct Asker {
       }
       rows += kChunk;
       ++turn;
-      if (--left == late) let_successor_start();
+      if (--left == p.late) let_successor_start();
     }
     copy_commit();
   }
@@ -311,7 +320,8 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
 
   // Weights do not change while a model runs, so the first ones need not wait for the kernel that writes x.
   const int items = (end - first) * mine;
-  Asker<K> asker{p, lane, begin, mine, first, mine, items, min(p.late, items - 1)};
+  if (items <= p.late) let_successor_start();
+  Asker<K> asker{p, lane, begin, mine, first, mine, items};
   asker.piece_at = lane / 4 * kPitch + lane % 4 * 16;
   asker.scale_at = kRows * kPitch + lane % kRows * K::kScaleSlot;
   asker.zero_at = kRows * (kPitch + K::kScaleSlot) + lane % kRows * K::kZeroSlot;
@@ -355,8 +365,8 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
 #pragma unroll 1
   for (int tile = first; tile < end; ++tile) {
     const int out_row = threadIdx.x % kRows, n = tile * kRows + out_row;  // of this thread's outputs
-    float row_scale = 1.f;
-    if (K::kRow && n < p.N) row_scale = read_scale(p.scale + Asker<K>::scale_row(p, n) * p.scale_row, 0, p.scale_type);
+    float row_scale = K::kFormat == Format::kFp8 ? kSumsLarger : 1.f;
+    if (K::kRow && n < p.N) row_scale *= read_scale(p.scale + Asker<K>::scale_row(p, n) * p.scale_row, 0, p.scale_type);
     int scale_low[2 * K::kTall] = {}, zero_low[2 * K::kTall] = {};  // bits of where the lane's rows of scales begin
     if constexpr (!K::kRow && K::kGroups == 1) {
 #pragma unroll
