@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "common.cuh"
-#include "quantised_gemm.cuh"
+#include "quantised_gemm_plan.cuh"
 
 namespace vllm {
 namespace {
@@ -106,6 +106,7 @@ void quantised_gemm(const Tensor out, const Tensor x, const Tensor weight, const
   p.x_row = x.stride(0), p.y_row = out.stride(0);
   p.w = static_cast<const unsigned char*>(weight.data_ptr());
   p.w_row = weight.stride(0) * weight.element_size();
+  STD_TORCH_CHECK(p.x_row < (1 << 26) && p.w_row < (1 << 26), "rows of x or weight are too far apart");
   STD_TORCH_CHECK(group >= 1, "groups of ", group, " columns cannot be read");
   check_scales(p, format, scale, zero, K, group, scale_rows);
   const Plan plan = plan_scales(p, format, K, group);

@@ -174,12 +174,26 @@ def test_sums_of_one_sign():
     w = stored((16, 1024), "int4", torch.bfloat16, "cpu")
     x = (torch.rand(2, 1024) + 1).bfloat16()
     expected = quantised_gemm_reference(x, w)
-    y = (
-        on_gpu(x.cuda(), KernelWeight("int4", w.values.cuda(), w.scale.cuda(), None, w.group)).cpu()
-        if (torch.cuda.is_available())
-        else emulated(x, w)[0]
-    )
+    y = on_gpu(x.cuda(), moved(w)).cpu() if (torch.cuda.is_available()) else emulated(x, w)[0]
     assert (y.float() - expected).abs().max() / expected.abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("form", ["fp8 row", "int8 row"])
+def test_every_element(form):
+    """Zeros, subnormals and the largest come through exactly, times x of any size."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    if form == "fp8 row":
+        codes[[0x7F, 0xFF]] = 0  # NaN
+    values = codes.view(16, 16).repeat(1, 16).view(torch.float8_e4m3fn if form == "fp8 row" else torch.int32)
+    w = KernelWeight(form[:-4], values, torch.ones(16, 1).bfloat16(), None, 256)
+    for size in (2.0**-60, 1.0, 2.0**40):
+        x = (torch.eye(16, 256) * size).bfloat16()
+        y = on_gpu(x.cuda(), moved(w)).cpu() if torch.cuda.is_available() else emulated(x, w)[0]
+        assert torch.equal(y, quantised_gemm_reference(x, w).bfloat16())
+
+
+def moved(w: KernelWeight) -> KernelWeight:
+    return KernelWeight(w.kind, w.values.cuda(), w.scale.cuda(), None, w.group)
 
 
 def test_scales_beside_their_places():

@@ -1,7 +1,7 @@
 // The kernel of csrc/quantised_gemm.cuh on the CPU, for tests/csrc/test_quantised_gemm.py.
 #include "emulator.h"
 //
-#include "../../../csrc/quantised_gemm.cuh"
+#include "../../../csrc/quantised_gemm_plan.cuh"
 
 using namespace vllm::quantised;
 
