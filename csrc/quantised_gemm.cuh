@@ -43,6 +43,9 @@ struct Problem {
   int scale_rows;                      // rows of W that share a scale
   int scale_type;                      // 0: bfloat16, 1: float16, 2: float32
   int shared_chunks;                   // chunks that share a scale, as a power of two
+  // Row n of W has scale row n * inverse >> inverse_shift, which is n / scale_rows.
+  unsigned inverse;
+  int inverse_shift;
 };
 
 __host__ __device__ constexpr int elements(Format format) { return format == Format::kInt4 ? 8 : 4; }  // of a word
@@ -91,10 +94,17 @@ __device__ inline unsigned pair(unsigned word, int i) {
 constexpr unsigned kLarger = 0x5f805f80u;  // 2^64, twice
 constexpr float kSumsLarger = float(int64_t{1} << 56);
 
-__device__ inline float read_scale(const unsigned char* scales, int index, int type) {
-  if (type == 2) return reinterpret_cast<const float*>(scales)[index];
-  const unsigned short bits = reinterpret_cast<const unsigned short*>(scales)[index];
-  return type == 1 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(unsigned(bits) << 16);
+// A scale as it is stored, which need not be there yet, and what it says.
+__device__ inline unsigned scale_bits(const unsigned char* scales, int index, int type) {
+  if (type == 2) return reinterpret_cast<const unsigned*>(scales)[index];
+  return reinterpret_cast<const unsigned short*>(scales)[index];
+}
+__device__ inline float scale_value(unsigned bits, int type) {
+  return type == 1 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(type == 2 ? bits : bits << 16);
+}
+
+__device__ inline int scale_row(const Problem& p, int n) {
+  return int(uint64_t(min(n, p.N - 1)) * p.inverse >> p.inverse_shift);
 }
 
 template <typename K>
@@ -181,7 +191,8 @@ struct Scales {
       } else {
 #pragma unroll
         for (int j = 0; j < kGroups; ++j) {
-          scale[half][j] = read_scale(from, j, K::kScaling == Scaling::kShort ? 0 : type);
+          const int known = K::kScaling == Scaling::kShort ? 0 : type;
+          scale[half][j] = scale_value(scale_bits(from, j, known), known);
         }
       }
       if constexpr (K::kZero) {  // 2^23 + the zero point is a float that takes no conversion
@@ -257,11 +268,6 @@ struct Asker {
       const int64_t row = scale_row(p, first_row + at % K::kRows);
       extras[i] = at < K::kRows ? p.scale + row * p.scale_row : p.zero + row * p.zero_row;
     }
-  }
-
-  static __device__ int scale_row(const Problem& p, int n) {
-    n = min(n, p.N - 1);
-    return p.scale_rows == 1 ? n : n / p.scale_rows;
   }
 
   // The next chunk, if there is one, into the stage at this address. It is a group of copies in any case.
@@ -341,9 +347,9 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
   X kept[kKept][kWide];
   Raw<K> raw[kWide];
   constexpr unsigned kFactor = K::kZero ? 0x3f803f80u : 0xc308c308u;  // 1 or -136
-  unsigned factor[4] = {kFactor, kFactor, kFactor, kFactor};
+  unsigned of_sums[4] = {kFactor, kFactor, kFactor, kFactor};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) unmade(factor[i]);  // or each product would get a copy of its own
+  for (int i = 0; i < 4; ++i) unmade(of_sums[i]);  // or each product would get a copy of its own
   if constexpr (K::kKeep > 0) {
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
@@ -352,7 +358,7 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
         for (int j = 0; j < kWide; ++j) {
           raw[j].template load<4>(x + from[j], begin + i, 0);
 #pragma unroll
-          for (int step = 0; step < 4; step += X::kSpan) kept[i][j].prepare(raw[j], step, factor);
+          for (int step = 0; step < 4; step += X::kSpan) kept[i][j].prepare(raw[j], step, of_sums);
         }
       }
     }
@@ -365,13 +371,12 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
 #pragma unroll 1
   for (int tile = first; tile < end; ++tile) {
     const int out_row = threadIdx.x % kRows, n = tile * kRows + out_row;  // of this thread's outputs
-    float row_scale = K::kFormat == Format::kFp8 ? kSumsLarger : 1.f;
-    if (K::kRow && n < p.N) row_scale *= read_scale(p.scale + Asker<K>::scale_row(p, n) * p.scale_row, 0, p.scale_type);
+    const unsigned row_scale = K::kRow ? scale_bits(p.scale + scale_row(p, n) * p.scale_row, 0, p.scale_type) : 0;
     int scale_low[2 * K::kTall] = {}, zero_low[2 * K::kTall] = {};  // bits of where the lane's rows of scales begin
     if constexpr (!K::kRow && K::kGroups == 1) {
 #pragma unroll
       for (int i = 0; i < 2 * K::kTall; ++i) {
-        const int at = Asker<K>::scale_row(p, tile * kRows + i * 8 + row);
+        const int at = scale_row(p, tile * kRows + i * 8 + row);
         scale_low[i] = int(reinterpret_cast<uintptr_t>(p.scale)) + at * int(p.scale_row);
         if (K::kZero) zero_low[i] = int(reinterpret_cast<uintptr_t>(p.zero)) + at * int(p.zero_row);
       }
@@ -386,7 +391,7 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
       for (int step = 0; step < 4; step += 2) {
         if (K::kKeep == 0 && step % X::kSpan == 0) {
 #pragma unroll
-          for (int j = 0; j < kWide; ++j) part[j].prepare(raw[j], step, factor);
+          for (int j = 0; j < kWide; ++j) part[j].prepare(raw[j], step, of_sums);
           if (kAhead) raw[0].template load<X::kSpan>(x + from[0], turn + 1 < mine ? begin + turn + 1 : begin, step);
         }
 #pragma unroll
@@ -448,6 +453,8 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
       }
     }
     __syncthreads();
+    const float factor =
+        (K::kFormat == Format::kFp8 ? kSumsLarger : 1.f) * (K::kRow ? scale_value(row_scale, p.scale_type) : 1.f);
 #pragma unroll
     for (int i = 0; i < (K::kOut * kRows + kWarps * 32 - 1) / (kWarps * 32); ++i) {
       const int column = threadIdx.x / kRows + i * (kWarps * 32 / kRows);
@@ -455,7 +462,7 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
         float sum = 0.f;
 #pragma unroll
         for (int j = 0; j < kWarps; ++j) sum += sums[(j * K::kOut + column) * K::kSumPitch + out_row];
-        y[column * p.y_row + n] = __float2bfloat16_rn(sum * row_scale);
+        y[column * p.y_row + n] = __float2bfloat16_rn(sum * factor);
       }
     }
     if (K::kBuffers == 1) __syncthreads();

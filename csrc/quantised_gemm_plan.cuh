@@ -15,6 +15,10 @@ struct Plan {
 // Plans for scales of these columns, of which the rest of `p` is known.
 inline Plan plan_scales(Problem& p, Format format, int64_t columns, int64_t group) {
   const int64_t step = 4 * elements(format), whole = 4 * step;
+  int bits = 0;
+  while (int64_t{1} << bits < p.scale_rows) ++bits;
+  p.inverse_shift = 31 + bits;  // exact for all n below 2^31
+  p.inverse = unsigned(((int64_t{1} << p.inverse_shift) + p.scale_rows - 1) / p.scale_rows);
   if (group >= columns && format != Format::kInt4) return {Scaling::kRow, 4};
   int64_t chunks = 1;  // that share a scale
   while (whole * chunks < group && whole * chunks < columns) chunks *= 2, ++p.shared_chunks;

@@ -23,7 +23,7 @@ class Problem(ctypes.Structure):
         *((name, c_int64) for name in ("x_row", "y_row")),
         *((name, c_void_p) for name in ("w", "scale", "zero")),
         *((name, c_int64) for name in ("w_row", "scale_row", "zero_row")),
-        *((name, c_int) for name in ("scale_rows", "scale_type", "shared_chunks")),
+        *((name, c_int) for name in ("scale_rows", "scale_type", "shared_chunks", "inverse", "inverse_shift")),
     ]
 
 
@@ -153,6 +153,19 @@ def test_tall_tiles(form, K, N, M):
     assert emulated(x, w, blocks=-(-N // 16))[2] == 1
 
 
+@pytest.mark.parametrize("scale_rows", [1, 2, 3, 7, 45, 100])
+def test_rows_that_share_scales(scale_rows):
+    w = stored((45, 256), "fp8 128", torch.bfloat16, "cpu")
+    w = KernelWeight("fp8", w.values, w.scale[: -(-45 // scale_rows)], None, w.group, scale_rows)
+    x = torch.randn(2, 256).bfloat16()
+    y = on_gpu(x.cuda(), moved(w)).cpu() if torch.cuda.is_available() else emulated(x, w)[0]
+    expected = (
+        x.float()
+        @ (w.values.float() * w.scale.float().repeat_interleave(scale_rows, 0)[:45].repeat_interleave(128, 1)).T
+    )
+    assert (y.float() - expected).abs().max() / expected.abs().max() < 5e-3
+
+
 @pytest.mark.parametrize("form,K", [("int4", 640), ("int4 zero", 640), ("int8 32", 256), ("fp8 block", 640)])
 def test_rows_in_wider_ones(form, K):
     if not torch.cuda.is_available():
@@ -193,7 +206,7 @@ def test_every_element(form):
 
 
 def moved(w: KernelWeight) -> KernelWeight:
-    return KernelWeight(w.kind, w.values.cuda(), w.scale.cuda(), None, w.group)
+    return KernelWeight(w.kind, w.values.cuda(), w.scale.cuda(), None, w.group, w.scale_rows)
 
 
 def test_scales_beside_their_places():
