@@ -5,37 +5,39 @@
 #include <optional>
 
 #include "common.cuh"
-#include "quantised_gemm.cuh"
+#include "quantised_gemm_plan.cuh"
 
 namespace vllm {
 namespace {
 
 using namespace quantised;
 
-using Kernel = void (*)(bf16*, const bf16*, Problem);
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
 
-void run(Kernel kernel, int wide, const Tensor& out, const Tensor& x, Problem p, int ring) {
-  const int device = x.get_device_index();
-  int processors = 0, limit = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  cudaFuncAttributes own{};
-  STD_CUDA_CHECK(cudaFuncGetAttributes(&own, kernel));
-  p.stage_bytes = kTile * (kPanel + kPad + p.scale_pitch + p.zero_pitch);
-  const int sums = sum_bytes(wide);
-  const int wanted = std::max(ring, sums + 2 * p.stage_bytes);
-  const int room = std::min(wanted, limit - int(own.sharedSizeBytes)) - sums;
-  p.stages = std::min(kMostStages, room / p.stage_bytes);
-  STD_TORCH_CHECK(p.stages >= 2, "no shared memory for two stages of ", p.stage_bytes, " bytes");
-  const int dynamic = sums + p.stages * p.stage_bytes;
+template <typename K>
+void run(const Tensor& out, const Tensor& x, Problem p, int64_t ring) {
+  const int device = x.get_device_index(), limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const auto bytes = [](int stages) { return K::kSumBytes + kWarps * stages * K::kStage; };
+  p.stages = bytes(kStages) <= std::min<int64_t>(ring, limit) ? kStages : kFew;
+  // What a block takes beyond its need leaves room for fewer others beside it.
+  const int dynamic = std::max<int64_t>(bytes(p.stages), std::min<int64_t>(ring, limit));
+  const auto kernel = quantised_gemm_kernel<K>;
+  STD_TORCH_CHECK(dynamic <= limit, "no shared memory for ", kFew, " stages of ", K::kStage, " bytes");
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic));
+  int blocks = 0;
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kWarps * 32, dynamic));
 
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(std::min(processors, (p.N + kTile - 1) / kTile));
-  config.blockDim = dim3((kWarps + 1) * 32);
+  const int most = std::max(1, blocks) * attribute(cudaDevAttrMultiProcessorCount, device);
+  config.gridDim = dim3(std::min(most, (p.N + K::kRows - 1) / K::kRows));
+  config.blockDim = dim3(kWarps * 32);
   config.dynamicSmemBytes = dynamic;
   config.stream = current_stream(x);
   config.attrs = &overlap;
@@ -104,15 +106,17 @@ void quantised_gemm(const Tensor out, const Tensor x, const Tensor weight, const
   p.x_row = x.stride(0), p.y_row = out.stride(0);
   p.w = static_cast<const unsigned char*>(weight.data_ptr());
   p.w_row = weight.stride(0) * weight.element_size();
+  STD_TORCH_CHECK(p.x_row < (1 << 26) && p.w_row < (1 << 26), "rows of x or weight are too far apart");
   STD_TORCH_CHECK(group >= 1, "groups of ", group, " columns cannot be read");
   check_scales(p, format, scale, zero, K, group, scale_rows);
   const Plan plan = plan_scales(p, format, K, group);
-  STD_TORCH_CHECK(plan.share > 0, "groups of ", group, " of ", K, " columns cannot be read");
+  STD_TORCH_CHECK(plan.share > 0, "groups of ", group, " of ", K, " columns, or where they lie, cannot be read");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  int major = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index()));
-  STD_TORCH_CHECK(major >= 9, "the copy engine needs sm_90 or newer");
-  with_kernel(p, format, plan, [&](Kernel kernel, int wide) { run(kernel, wide, out, x, p, int(ring)); });
+  const int device = x.get_device_index();
+  STD_TORCH_CHECK(attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9,
+                  "overlapping launches need sm_90 or newer");
+  with_kind(p, format, plan, 2 * attribute(cudaDevAttrMultiProcessorCount, device),
+            [&](auto kind) { run<decltype(kind)>(out, x, p, ring); });
 }
 
 }  // namespace

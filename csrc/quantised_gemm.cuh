@@ -7,8 +7,10 @@
 // A group's scale multiplies the sum over the group and not the elements; so does what int4 has too much (128 and the
 // zero point), times the sum of the group's x, which is one more product, with ones.
 //
-// A block walks over tiles of 16 rows. One warp asks the copy engine for them, with their scales, into a ring of stages
-// in shared memory; eight warps multiply, each every eighth chunk, and add up what they have at the end of a tile.
+// A block walks over tiles of 16 or 32 rows, and each of its eight warps over an eighth of their columns. A warp has a
+// ring of stages of its own in shared memory: its lanes ask for a chunk of a tile, with the chunk's scales, as many
+// chunks ahead as there are stages but one, across the ends of tiles. So no warp waits for another but at the end of a
+// tile, where they add up what they have.
 #pragma once
 
 #include "hopper.cuh"
@@ -20,38 +22,55 @@ using bf16 = __nv_bfloat16;
 
 enum class Format : int { kInt4, kInt8, kFp8 };
 
-// Where the kernel finds the scales of groups: in the ring (bfloat16 or float32), where they are, or nowhere, since
-// there is one a row.
-enum class Scaling : int { kShort, kFloat, kInPlace, kRow };
+// The scales of groups: bfloat16, of a type known when the kernel runs, or not there since a row has but one.
+enum class Scaling : int { kShort, kAny, kRow };
 
-constexpr int kTile = 16;     // rows of W
-constexpr int kColumns = 8;   // rows of x in a product
-constexpr int kWarps = 8;     // that multiply
-constexpr int kChunk = 64;    // bytes of a row: four steps
-constexpr int kPanel = 1024;  // bytes of a row in a stage
-constexpr int kPad = 16;      // bytes after each row of a stage, so that eight rows lie in different banks
-constexpr int kMostStages = 16;
-constexpr int kSumPitch =
-    20;  // floats from one column of a tile's sums to the next: written and read without conflicts
+constexpr int kTile = 16;             // rows of W in a product
+constexpr int kColumns = 8;           // rows of x in a product
+constexpr int kWarps = 8;             // of a block
+constexpr int kChunk = 64;            // bytes of a row: four steps
+constexpr int kPitch = kChunk + 16;   // bytes from one row of a stage to the next: eight rows lie in different banks
+constexpr int kStages = 8, kFew = 4;  // of a warp's ring: as many, or where there is no room for them, so few
 
 struct Problem {
   int M, N;
-  int row_bytes;  // of W
-  int stages, stage_bytes;
-  int late;              // stages still to ask for when the next kernel may start
+  int row_bytes;         // of W
+  int stages;            // kStages or kFew
+  int late;              // chunks a warp has still to ask for when the next kernel may start
   int64_t x_row, y_row;  // elements
   const unsigned char *w, *scale, *zero;
   int64_t w_row, scale_row, zero_row;  // bytes
   int scale_rows;                      // rows of W that share a scale
   int scale_type;                      // 0: bfloat16, 1: float16, 2: float32
   int shared_chunks;                   // chunks that share a scale, as a power of two
-  int scale_pitch, zero_pitch;         // bytes of a row's in a stage; 0: they are read where they are
+  // Row n of W has scale row n * inverse >> inverse_shift, which is n / scale_rows.
+  unsigned inverse;
+  int inverse_shift;
 };
 
 __host__ __device__ constexpr int elements(Format format) { return format == Format::kInt4 ? 8 : 4; }  // of a word
 
-// Bytes of shared memory for the warps' sums of two tiles.
-__host__ __device__ constexpr int sum_bytes(int wide) { return 2 * kWarps * kColumns * wide * kSumPitch * 4; }
+// Which kernel. share: steps that share a scale, 4 for a chunk or more. wide: eights of x's rows. tall: sixteens of
+// W's rows in a tile. keep: chunks of x that a warp keeps in registers, all that it ever needs; 0: it reads them again
+// for each tile.
+template <Format kForm, Scaling kScales, bool kHasZero, int kShared, int kEights, int kSixteens, int kKept>
+struct Kind {
+  static constexpr Format kFormat = kForm;
+  static constexpr Scaling kScaling = kScales;
+  static constexpr bool kZero = kHasZero, kRow = kScales == Scaling::kRow;
+  static constexpr int kShare = kShared, kWide = kEights, kTall = kSixteens, kKeep = kKept;
+  static constexpr int kRows = kTile * kTall, kOut = kColumns * kWide, kGroups = 4 / kShare;  // of a tile; of a chunk
+  // Bytes of a stage that a row's scales and zero points take: those of a chunk, or the word in which its only one is.
+  static constexpr int kScaleSlot = kRow ? 0 : kGroups == 1 ? 4 : kGroups * (kScaling == Scaling::kShort ? 2 : 4);
+  static constexpr int kZeroSlot = kZero ? 4 : 0;
+  static constexpr int kStage = kRows * (kPitch + kScaleSlot + kZeroSlot);
+  // The warps' sums: floats from one column to the next, written and read without conflicts. Where they are small,
+  // those of two tiles have room, which spares the threads a meeting.
+  static constexpr int kSumPitch = kRows + 4, kTileSums = kWarps * kOut * kSumPitch;
+  static constexpr int kBuffers = kOut * kRows > 256 ? 1 : 2;
+  static constexpr int kSumBytes = kBuffers * kTileSums * 4;
+  static constexpr int kBlocks = kWide > 2 ? 1 : 2;  // on a multiprocessor, at least
+};
 
 #if __CUDA_ARCH__ >= 900
 
@@ -60,392 +79,395 @@ template <Format kFormat>
 __device__ inline unsigned pair(unsigned word, int i) {
   if constexpr (kFormat == Format::kInt4) {
     return mask_or(word >> (4 * i), 0x000f000fu, 0x43004300u);
-  } else if constexpr (kFormat ==
-                       Format::kInt8) {  // 128 + the low seven bits, less 256, or 128 where the high bit is set
+  } else if constexpr (kFormat == Format::kInt8) {
+    // 128 + the low seven bits, less 256, or 128 where the high bit is set
     const unsigned bytes = word >> (8 * i);
     return sub2(mask_or(bytes, 0x007f007fu, 0x43004300u), (bytes & 0x00800080u) ^ 0x43804380u);
-  } else {  // exponent and mantissa are bfloat16's but for the bias, 120 less
+  } else {  // exponent and mantissa are bfloat16's but for the bias: 2^-120 of the number
     const unsigned bytes = word << (8 - 8 * i);
-    return mul2((bytes & 0x80008000u) | (bytes >> 4 & 0x07f007f0u), 0x7b807b80u);
+    return (bytes & 0x80008000u) | (bytes >> 4 & 0x07f007f0u);
   }
 }
 
-__device__ inline float read_scale(const unsigned char* scales, int index, int type) {
-  if (type == 2) return reinterpret_cast<const float*>(scales)[index];
-  const unsigned short bits = reinterpret_cast<const unsigned short*>(scales)[index];
-  return type == 1 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(unsigned(bits) << 16);
+// What is missing from fp8 elements, which no bfloat16 has room for beside all of x: x is made as much larger as leaves
+// products and sums ordinary floats, and sums the rest.
+constexpr unsigned kLarger = 0x5f805f80u;  // 2^64, twice
+constexpr float kSumsLarger = float(int64_t{1} << 56);
+
+// A scale as it is stored, which need not be there yet, and what it says.
+__device__ inline unsigned scale_bits(const unsigned char* scales, int index, int type) {
+  if (type == 2) return reinterpret_cast<const unsigned*>(scales)[index];
+  return reinterpret_cast<const unsigned short*>(scales)[index];
+}
+__device__ inline float scale_value(unsigned bits, int type) {
+  return type == 1 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(type == 2 ? bits : bits << 16);
 }
 
-// One lane's part of a chunk of x: the pairs of its columns, and for int4 the sums of each step, over all lanes.
-template <Format kFormat>
-struct Part {
-  static constexpr int kPairs = elements(kFormat) / 2;
-  unsigned pairs[4][kPairs];
-  float sums[4][2];  // of columns 2 * (lane % 4) and the next
+__device__ inline int scale_row(const Problem& p, int n) {
+  return int(uint64_t(min(n, p.N - 1)) * p.inverse >> p.inverse_shift);
+}
 
-  // x: the lane's row and column of step 0.
-  __device__ void load(const bf16* x, int chunk) {
+template <typename K>
+__device__ inline int scale_size(const Problem& p) {
+  return K::kScaling == Scaling::kShort || p.scale_type != 2 ? 2 : 4;
+}
+
+// One lane's part of a chunk of x as it lies in memory.
+template <typename K>
+struct Raw {
+  static constexpr int kWords = elements(K::kFormat) / 2;
+  unsigned words[4][kWords];
+
+  // x: the lane's row and column of step 0. Loads kSpan steps of a chunk.
+  template <int kSpan>
+  __device__ void load(const bf16* x, int chunk, int first) {
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      const bf16* const from = x + (chunk * 4 + step) * (4 * elements(kFormat));
-      if constexpr (kFormat == Format::kInt4) {
+    for (int step = first; step < first + kSpan; ++step) {
+      const bf16* const from = x + (chunk * 4 + step) * (4 * elements(K::kFormat));
+      if constexpr (K::kFormat == Format::kInt4) {
         const uint4 v = *reinterpret_cast<const uint4*>(from);
-        pairs[step][0] = v.x, pairs[step][1] = v.y, pairs[step][2] = v.z, pairs[step][3] = v.w;
+        words[step][0] = v.x, words[step][1] = v.y, words[step][2] = v.z, words[step][3] = v.w;
       } else {
         const uint2 v = *reinterpret_cast<const uint2*>(from);
-        pairs[step][0] = v.x, pairs[step][1] = v.y;
+        words[step][0] = v.x, words[step][1] = v.y;
       }
     }
   }
-  // To be called once, when the loads may be waited for.
-  __device__ void prepare() {
+};
+
+// The same in the order of W's pairs, and for int4 what a group's products begin with, in every row of W or, where rows
+// have zero points, times what is to be taken from their elements.
+template <typename K>
+struct Part {
+  static constexpr int kPairs = elements(K::kFormat) / 2;
+  static constexpr int kSpan = K::kShare > 2 ? K::kShare : 2;  // steps to be prepared together
+  static constexpr int kSums = K::kKeep > 0 ? 2 : 4;           // twice, as products have them, where registers are free
+  unsigned pairs[4][kPairs];
+  float sums[K::kGroups][kSums];  // over all lanes, of columns 2 * (lane % 4) and the next
+
+  // factor: of the sums, in all of a product's operand.
+  __device__ void prepare(const Raw<K>& x, int first, const unsigned (&factor)[4]) {
+    float c[4] = {};
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      unsigned v[kPairs];
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) v[i] = pairs[step][i];
+    for (int step = first; step < first + kSpan; ++step) {
+      const unsigned (&v)[kPairs] = x.words[step];
 #pragma unroll
       for (int i = 0; i < kPairs / 2; ++i) {
         pairs[step][2 * i] = __byte_perm(v[i], v[i + kPairs / 2], 0x5410);
         pairs[step][2 * i + 1] = __byte_perm(v[i], v[i + kPairs / 2], 0x7632);
       }
-      if constexpr (kFormat == Format::kInt4) {
-        constexpr unsigned kOnes = 0x3f803f80u;
-        float c[4] = {0.f, 0.f, 0.f, 0.f};
-        mma<bf16>(c, kOnes, kOnes, kOnes, kOnes, pairs[step][0], pairs[step][1]);
-        mma<bf16>(c, kOnes, kOnes, kOnes, kOnes, pairs[step][2], pairs[step][3]);
-        sums[step][0] = c[0], sums[step][1] = c[1];
+      if constexpr (K::kFormat == Format::kFp8) {
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) pairs[step][i] = mul2(pairs[step][i], kLarger);
+      }
+      if constexpr (K::kFormat == Format::kInt4) {
+        mma<bf16>(c, factor[0], factor[1], factor[2], factor[3], pairs[step][0], pairs[step][1]);
+        mma<bf16>(c, factor[0], factor[1], factor[2], factor[3], pairs[step][2], pairs[step][3]);
+        if (step % K::kShare == K::kShare - 1) {
+#pragma unroll
+          for (int i = 0; i < kSums; ++i) sums[step / K::kShare][i] = c[i];
+          c[0] = c[1] = c[2] = c[3] = 0.f;
+        }
       }
     }
   }
 };
 
-// A lane's scales and zero points of one chunk, of row lane / 4 and of the one 8 further down.
-template <Scaling kScaling, bool kZero, int kShare>
+// A lane's scales and zero points of two steps of 16 rows: of row lane / 4 and of the one 8 further down.
+template <typename K>
 struct Scales {
-  static constexpr int kGroups = 4 / kShare;
-  float scale[2][kGroups], zero[2][kGroups];
+  static constexpr int kGroups = K::kShare == 1 ? 2 : 1;
+  float scale[2][kGroups], less[2][kGroups];  // less: what is to be taken from elements, negative
 
-  // scales, zeros: of the lower row; pitches: bytes to the other.
-  __device__ void read(const unsigned char* scales, int scale_pitch, const unsigned char* zeros, int zero_pitch,
-                       int chunk, const Problem& p) {
-    const int group = kGroups > 1 ? chunk * kGroups : chunk >> p.shared_chunks;
+  // scales, zeros: of the lane's first row in its slots; scale_at, zero_at: bytes further on in each row's.
+  __device__ void read(const unsigned char* scales, const unsigned char* zeros, const int (&scale_at)[2],
+                       const int (&zero_at)[2], int type) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const unsigned char* const from = scales + half * scale_pitch;
-      if constexpr (kScaling == Scaling::kShort && kGroups == 4) {
-        const uint2 four = *reinterpret_cast<const uint2*>(from + group * 2);
-        const unsigned twos[2] = {four.x, four.y};
+      const unsigned char* const from = scales + half * 8 * K::kScaleSlot + scale_at[half];
+      if constexpr (K::kScaling == Scaling::kShort && kGroups == 2) {
+        const unsigned two = *reinterpret_cast<const unsigned*>(from);
+        scale[half][0] = __uint_as_float(two << 16), scale[half][1] = __uint_as_float(two & 0xffff0000u);
+      } else {
 #pragma unroll
         for (int j = 0; j < kGroups; ++j) {
-          scale[half][j] = __uint_as_float(j % 2 == 0 ? twos[j / 2] << 16 : twos[j / 2] & 0xffff0000u);
+          const int known = K::kScaling == Scaling::kShort ? 0 : type;
+          scale[half][j] = scale_value(scale_bits(from, j, known), known);
         }
-      } else {
-        const int type = kScaling == Scaling::kShort ? 0 : kScaling == Scaling::kFloat ? 2 : p.scale_type;
-#pragma unroll
-        for (int j = 0; j < kGroups; ++j) scale[half][j] = read_scale(from, group + j, type);
       }
+      if constexpr (K::kZero) {  // 2^23 + the zero point is a float that takes no conversion
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-        zero[half][j] = kZero ? -128.f - float(zeros[half * zero_pitch + group + j]) : -136.f;
+        for (int j = 0; j < kGroups; ++j) {
+          less[half][j] =
+              8388608.f - 128.f - __uint_as_float(0x4b000000u | zeros[half * 8 * K::kZeroSlot + zero_at[half] + j]);
+        }
       }
     }
   }
 };
 
-// acc += a chunk of 16 rows times kWide parts of x. words: the lane's of step 0, row lane / 4.
-template <Format kFormat, Scaling kScaling, bool kZero, int kShare, int kWide>
-__device__ inline void multiply(float (&acc)[kWide][4], const unsigned char* words, const Part<kFormat> (&x)[kWide],
-                                const Scales<kScaling, kZero, kShare>& s) {
-  constexpr int kGroups = 4 / kShare, kSteps = kShare;
-  constexpr bool kRow = kScaling == Scaling::kRow;
+// acc += scale * (c + a step of 16 rows times x), at the end of a group. low, high: the lane's words, of row lane / 4
+// and 8 further down.
+template <typename K>
+__device__ inline void multiply(float (&acc)[K::kWide][4], float (&c)[K::kWide][4], unsigned low, unsigned high,
+                                const Part<K> (&x)[K::kWide], const Scales<K>& s, int step) {
+  constexpr Format kFormat = K::kFormat;
+  const int own = step % 2 * (Scales<K>::kGroups - 1);  // of s
+  if (!K::kRow && step % K::kShare == 0) {
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    float c[kWide][4] = {}, sum[kWide][2] = {};
+    for (int j = 0; j < K::kWide; ++j) {
 #pragma unroll
-    for (int step = group * kSteps; step < (group + 1) * kSteps; ++step) {
-      const unsigned low = *reinterpret_cast<const unsigned*>(words + step * 16);
-      const unsigned high = *reinterpret_cast<const unsigned*>(words + 8 * (kPanel + kPad) + step * 16);
-#pragma unroll
-      for (int i = 0; i < elements(kFormat) / 2; i += 2) {
-        const unsigned a[4] = {pair<kFormat>(low, i), pair<kFormat>(high, i), pair<kFormat>(low, i + 1),
-                               pair<kFormat>(high, i + 1)};
-#pragma unroll
-        for (int j = 0; j < kWide; ++j) {
-          mma<bf16>(kRow ? acc[j] : c[j], a[0], a[1], a[2], a[3], x[j].pairs[step][i], x[j].pairs[step][i + 1]);
-        }
-      }
-      if constexpr (kFormat == Format::kInt4) {
-#pragma unroll
-        for (int j = 0; j < kWide; ++j) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            sum[j][i] = step == group * kSteps ? x[j].sums[step][i] : sum[j][i] + x[j].sums[step][i];
-          }
-        }
+      for (int i = 0; i < 4; ++i) {
+        const float sum = kFormat == Format::kInt4 ? x[j].sums[step / K::kShare][i % Part<K>::kSums] : 0.f;
+        c[j][i] = K::kZero ? s.less[i / 2][own] * sum : sum;
       }
     }
-    if constexpr (!kRow) {
+  }
 #pragma unroll
-      for (int j = 0; j < kWide; ++j) {
+  for (int i = 0; i < elements(kFormat) / 2; i += 2) {
+    const unsigned a[4] = {pair<kFormat>(low, i), pair<kFormat>(high, i), pair<kFormat>(low, i + 1),
+                           pair<kFormat>(high, i + 1)};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float product = kFormat == Format::kInt4 ? c[j][i] + s.zero[i / 2][group] * sum[j][i % 2] : c[j][i];
-          acc[j][i] += s.scale[i / 2][group] * product;
-        }
-      }
+    for (int j = 0; j < K::kWide; ++j) {
+      mma<bf16>(K::kRow ? acc[j] : c[j], a[0], a[1], a[2], a[3], x[j].pairs[step][i], x[j].pairs[step][i + 1]);
+    }
+  }
+  if (!K::kRow && step % K::kShare == K::kShare - 1) {
+#pragma unroll
+    for (int j = 0; j < K::kWide; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[j][i] += s.scale[i / 2][own] * c[j][i];
     }
   }
 }
 
+// What a lane asks for: of every chunk 16 bytes of rows lane / 4, 8 further down and so on, and the scales or zero
+// points of a row.
+template <typename K>
+struct Asker {
+  static constexpr int kPieces = 2 * K::kTall;
+  static constexpr int kExtras = K::kRow ? 0 : K::kRows * (K::kZero ? 2 : 1);  // of all lanes, scales first
+  static constexpr int kOwn = (kExtras + 31) / 32;
+  const Problem& p;
+  int lane, begin, mine;  // the warp's first chunk of each tile, and how many
+  int tile, turn, left;
+  const unsigned char* rows;  // of the tile, at the next chunk
+  unsigned pieces[kPieces];   // bytes from there
+  const unsigned char* extras[kOwn > 0 ? kOwn : 1];
+  unsigned piece_at, scale_at, zero_at;  // bytes in a stage
+
+  __device__ void enter(int first_row) {
+    rows = p.w + first_row * p.w_row + begin * kChunk;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      pieces[i] = min(i * 8 + lane / 4, p.N - 1 - first_row) * unsigned(p.w_row) + lane % 4 * 16;
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int at = i * 32 + lane;
+      const int64_t row = scale_row(p, first_row + at % K::kRows);
+      extras[i] = at < K::kRows ? p.scale + row * p.scale_row : p.zero + row * p.zero_row;
+    }
+  }
+
+  // The next chunk, if there is one, into the stage at this address. It is a group of copies in any case.
+  __device__ void ask(unsigned to) {
+    if (left > 0) {
+      if (turn == mine) enter(tile++ * K::kRows), turn = 0;
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) copy_async<16>(to + piece_at + i * 8 * kPitch, rows + pieces[i]);
+      const unsigned group = K::kGroups > 1 ? (begin + turn) * K::kGroups : (begin + turn) >> p.shared_chunks;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        if (i * 32 + lane < K::kRows) {
+          copy_scales(to + scale_at, extras[i] + group * unsigned(scale_size<K>(p)));
+        } else if (i * 32 + lane < kExtras) {
+          copy_word(to + zero_at, extras[i] + group);
+        }
+      }
+      rows += kChunk;
+      ++turn;
+      if (--left == p.late) let_successor_start();
+    }
+    copy_commit();
+  }
+
+  static __device__ void copy_word(unsigned to, const unsigned char* from) {
+    copy_async<4>(to, reinterpret_cast<const unsigned char*>(reinterpret_cast<uintptr_t>(from) & ~uintptr_t{3}));
+  }
+  __device__ void copy_scales(unsigned to, const unsigned char* from) {
+    if constexpr (K::kGroups == 1) {
+      copy_word(to, from);
+    } else if (scale_size<K>(p) == 2) {
+      copy_async<K::kGroups * 2>(to, from);
+    } else {
+      copy_async<K::kGroups * 4>(to, from);
+    }
+  }
+};
+
 #endif
 
-// kShare: steps that share a scale, 4 for a chunk or more. kWide: eights of x's rows. kKeep: chunks
-// of x that a warp keeps in registers, all that it ever needs; 0: it reads them again for each tile.
-template <Format kFormat, Scaling kScaling, bool kZero, int kShare, int kWide, int kKeep>
-__global__ void __launch_bounds__((kWarps + 1) * 32, 1)
+template <typename K>
+__global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
     quantised_gemm_kernel(bf16* y, const bf16* x, const __grid_constant__ Problem p) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kOut = kColumns * kWide, kPitch = kPanel + kPad, kChunks = kPanel / kChunk;
-  constexpr int kTurns = kChunks / kWarps;  // chunks of a stage that a warp takes
-  constexpr bool kRow = kScaling == Scaling::kRow, kInRing = kScaling == Scaling::kShort || kScaling == Scaling::kFloat;
-  constexpr int kScaleSize = kScaling == Scaling::kShort ? 2 : 4;
-  unsigned char* const memory = dynamic_memory();
-  __shared__ uint64_t full[kMostStages], empty[kMostStages];
-  const unsigned full_at = shared_address(full), empty_at = shared_address(empty);
-  unsigned char* const ring = memory + sum_bytes(kWide);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int all_tiles = (p.N + kTile - 1) / kTile, panels = (p.row_bytes + kPanel - 1) / kPanel;
+  constexpr int kWide = K::kWide, kRows = K::kRows;
+  const int lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;
+  const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x / 32), 0);  // the compiler should know it for the same
+  const int all_tiles = (p.N + kRows - 1) / kRows, chunks = p.row_bytes / kChunk;
   const int first = int64_t(all_tiles) * blockIdx.x / gridDim.x;
-  const int tiles = int(int64_t(all_tiles) * (blockIdx.x + 1) / gridDim.x) - first;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < p.stages; ++i) barrier_init(full_at + 8 * i, 1), barrier_init(empty_at + 8 * i, kWarps * 32);
-    barrier_init_done();
-  }
-  __syncthreads();
+  const int end = int64_t(all_tiles) * (blockIdx.x + 1) / gridDim.x;
+  const int begin = chunks * warp / kWarps, mine = chunks * (warp + 1) / kWarps - begin;
+  float* const all_sums = reinterpret_cast<float*>(dynamic_memory());
+  const int ring_bytes = p.stages * K::kStage;
+  unsigned char* const ring = dynamic_memory() + K::kSumBytes + warp * ring_bytes;
+  const unsigned ring_at = shared_address(ring);
 
-  if (warp == kWarps) {
-    const unsigned ring_at = shared_address(ring), row = lane % kTile;
-    int stage = 0, phase = 1, left = tiles * panels;
-    const int late = min(p.late, left - 1);
-#pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-      const int n = (first + tile) * kTile + row, rows = min(kTile, p.N - (first + tile) * kTile);
-      const int64_t group_row = n / p.scale_rows;
-#pragma unroll 1
-      for (int panel = 0; panel < panels; ++panel) {
-        // Weights do not change while a model runs, so the first ones need not wait for the kernel that writes x.
-        const int bytes = min(kPanel, p.row_bytes - panel * kPanel), chunks = bytes / kChunk;
-        const auto groups = [&](int of) { return kShare < 4 ? of * (4 / kShare) : of >> p.shared_chunks; };
-        const int scales = kInRing ? groups(chunks) * kScaleSize : 0, zeros = kInRing && kZero ? groups(chunks) : 0;
-        barrier_wait(empty_at + 8 * stage, phase);
-        const unsigned to = ring_at + stage * p.stage_bytes, done = full_at + 8 * stage;
-        if (lane == 0) barrier_expect(done, rows * (bytes + scales + zeros));
-        __syncwarp();
-        if (row < rows) {
-          if (lane < kTile) {
-            bulk_copy(to + row * kPitch, p.w + n * p.w_row + panel * kPanel, bytes, done);
-          } else if (kInRing) {
-            const int before = groups(panel * kChunks);
-            bulk_copy(to + kTile * kPitch + row * p.scale_pitch,
-                      p.scale + group_row * p.scale_row + before * kScaleSize, scales, done);
-            if (kZero) {
-              bulk_copy(to + kTile * (kPitch + p.scale_pitch) + row * p.zero_pitch,
-                        p.zero + group_row * p.zero_row + before, zeros, done);
-            }
-          }
-        }
-        if (--left == late) let_successor_start();
-        if (++stage == p.stages) stage = 0, phase ^= 1;
-      }
-    }
-    wait_for_predecessor();
-    return;
-  }
-
+  // Weights do not change while a model runs, so the first ones need not wait for the kernel that writes x.
+  const int items = (end - first) * mine;
+  if (items > 0 && items <= p.late) let_successor_start();
+  Asker<K> asker{p, lane, begin, mine, first, mine, items};
+  asker.piece_at = lane / 4 * kPitch + lane % 4 * 16;
+  asker.scale_at = kRows * kPitch + lane % kRows * K::kScaleSlot;
+  asker.zero_at = kRows * (kPitch + K::kScaleSlot) + lane % kRows * K::kZeroSlot;
+  unmade(asker.piece_at), unmade(asker.scale_at), unmade(asker.zero_at);
+  for (int at = 0; at < ring_bytes - K::kStage; at += K::kStage) asker.ask(ring_at + at);
+  int stage = 0, before = ring_bytes - K::kStage;  // bytes in the ring: of the next chunk to come, and of the last
   wait_for_predecessor();
-  const int row = lane / 4, quarter = lane % 4;
-  const bf16* from[kWide];
+
+  int from[kWide];  // elements
 #pragma unroll
   for (int j = 0; j < kWide; ++j) {
-    from[j] = x + min(j * kColumns + row, p.M - 1) * p.x_row + quarter * elements(kFormat);
+    from[j] = min(j * kColumns + row, p.M - 1) * int(p.x_row) + quarter * elements(K::kFormat);
   }
-  constexpr int kKept = kKeep > 0 ? kKeep : 1;
-  Part<kFormat> kept[kKept][kWide];
-  if constexpr (kKeep > 0) {
+  using X = Part<K>;
+  constexpr int kKept = K::kKeep > 0 ? K::kKeep : 1;
+  constexpr bool kAhead = K::kKeep == 0 && kWide == 1;  // x is read a chunk ahead, as far as there are registers
+  X kept[kKept][kWide];
+  Raw<K> raw[kWide];
+  constexpr unsigned kFactor = K::kZero ? 0x3f803f80u : 0xc308c308u;  // 1 or -136
+  unsigned of_sums[4] = {kFactor, kFactor, kFactor, kFactor};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) unmade(of_sums[i]);  // or each product would get a copy of its own
+  if constexpr (K::kKeep > 0) {
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-      const int chunk = i * kWarps + warp;
-      if (chunk * kChunk < p.row_bytes) {
+      if (i < mine) {
 #pragma unroll
-        for (int j = 0; j < kWide; ++j) kept[i][j].load(from[j], chunk), kept[i][j].prepare();
+        for (int j = 0; j < kWide; ++j) {
+          raw[j].template load<4>(x + from[j], begin + i, 0);
+#pragma unroll
+          for (int step = 0; step < 4; step += X::kSpan) kept[i][j].prepare(raw[j], step, of_sums);
+        }
       }
     }
+  } else if constexpr (kAhead) {
+    if (mine > 0) raw[0].template load<4>(x + from[0], begin, 0);
   }
-  int stage = 0, phase = 0;
+  unsigned words_at = ring_at + lane % 16 * kPitch + lane / 16 * 16;
+  unmade(words_at);
+
 #pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) {
-    const int out_row = threadIdx.x % kTile, n = (first + tile) * kTile + out_row;  // of this thread's outputs
-    float row_scale = 1.f;
-    if (kRow && n < p.N) row_scale = read_scale(p.scale + n / p.scale_rows * p.scale_row, 0, p.scale_type);
-    float acc[kWide][4] = {};
-    const auto take = [&](int panel, int turn, const unsigned char* base, const Part<kFormat>(&part)[kWide]) {
-      const int chunk = turn * kWarps + warp;
-      Scales<kScaling, kZero, kShare> s;
-      if constexpr (kInRing) {
-        const unsigned char* const scales = base + kTile * kPitch;
-        s.read(scales + row * p.scale_pitch, 8 * p.scale_pitch, scales + kTile * p.scale_pitch + row * p.zero_pitch,
-               8 * p.zero_pitch, chunk, p);
-      } else if constexpr (!kRow) {
-        const int low = min((first + tile) * kTile + row, p.N - 1) / p.scale_rows;
-        const int high = min((first + tile) * kTile + row + 8, p.N - 1) / p.scale_rows;
-        s.read(p.scale + low * p.scale_row, (high - low) * int(p.scale_row), p.zero + low * p.zero_row,
-               (high - low) * int(p.zero_row), panel * kChunks + chunk, p);
+  for (int tile = first; tile < end; ++tile) {
+    const int out_row = threadIdx.x % kRows, n = tile * kRows + out_row;  // of this thread's outputs
+    const unsigned row_scale = K::kRow ? scale_bits(p.scale + scale_row(p, n) * p.scale_row, 0, p.scale_type) : 0;
+    int scale_low[2 * K::kTall] = {}, zero_low[2 * K::kTall] = {};  // bits of where the lane's rows of scales begin
+    if constexpr (!K::kRow && K::kGroups == 1) {
+#pragma unroll
+      for (int i = 0; i < 2 * K::kTall; ++i) {
+        const int at = scale_row(p, tile * kRows + i * 8 + row);
+        scale_low[i] = int(reinterpret_cast<uintptr_t>(p.scale)) + at * int(p.scale_row);
+        if (K::kZero) zero_low[i] = int(reinterpret_cast<uintptr_t>(p.zero)) + at * int(p.zero_row);
       }
-      multiply<kFormat, kScaling, kZero, kShare, kWide>(acc, base + row * kPitch + quarter * 4 + chunk * kChunk, part,
-                                                        s);
-    };
-    const auto next_stage = [&] {
-      barrier_arrive(empty_at + 8 * stage);
-      if (++stage == p.stages) stage = 0, phase ^= 1;
-    };
-    if constexpr (kKeep > 0) {
+    }
+    float acc[K::kTall][kWide][4] = {};
+    const auto take = [&](int turn, X(&part)[kWide]) {
+      const unsigned char* const scales = ring + stage + kRows * kPitch + row * K::kScaleSlot;
+      const unsigned char* const zeros = ring + stage + kRows * (kPitch + K::kScaleSlot) + row * K::kZeroSlot;
+      float c[K::kTall][kWide][4];
+      Scales<K> s[K::kTall];
 #pragma unroll
-      for (int panel = 0; panel < kKeep / kTurns; ++panel) {
-        if (panel < panels) {
-          barrier_wait(full_at + 8 * stage, phase);
+      for (int step = 0; step < 4; step += 2) {
+        if (K::kKeep == 0 && step % X::kSpan == 0) {
 #pragma unroll
-          for (int turn = 0; turn < kTurns; ++turn) {
-            if (panel * kPanel + (turn * kWarps + warp) * kChunk < p.row_bytes) {
-              take(panel, turn, ring + stage * p.stage_bytes, kept[panel * kTurns + turn]);
-            }
-          }
-          next_stage();
+          for (int j = 0; j < kWide; ++j) part[j].prepare(raw[j], step, of_sums);
+          if (kAhead) raw[0].template load<X::kSpan>(x + from[0], turn + 1 < mine ? begin + turn + 1 : begin, step);
         }
+#pragma unroll
+        for (int i = 0; i < K::kTall; ++i) {
+          if (!K::kRow && step % K::kShare == 0) {
+            const int group = K::kGroups > 1 ? step / K::kShare : (begin + turn) >> p.shared_chunks;
+            int scale_at[2], zero_at[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int at = group * scale_size<K>(p);
+              scale_at[half] = K::kGroups > 1 ? at : (scale_low[2 * i + half] + at) & 3;
+              zero_at[half] = K::kGroups > 1 ? group : (zero_low[2 * i + half] + group) & 3;
+            }
+            const int at = i * kTile;
+            s[i].read(scales + at * K::kScaleSlot, zeros + at * K::kZeroSlot, scale_at, zero_at, p.scale_type);
+          }
+          unsigned w[4];  // both of a step, both of the next
+          load_tiles(w, words_at + stage + i * kTile * kPitch + step * 16);
+          multiply<K>(acc[i], c[i], w[0], w[1], part, s[i], step);
+          multiply<K>(acc[i], c[i], w[2], w[3], part, s[i], step + 1);
+        }
+      }
+      before = stage;
+      stage = stage + K::kStage == ring_bytes ? 0 : stage + K::kStage;
+    };
+    // All lanes' copies of the next chunk are there, and the chunk before it makes room for another.
+    const auto arrive = [&] {
+      if (p.stages == kStages) {
+        copy_wait<kStages - 2>();
+      } else {
+        copy_wait<kFew - 2>();
+      }
+      __syncwarp();
+      asker.ask(ring_at + before);
+    };
+    if constexpr (K::kKeep > 0) {
+#pragma unroll
+      for (int turn = 0; turn < kKept; ++turn) {
+        if (turn < mine) arrive(), take(turn, kept[turn]);
       }
     } else {
 #pragma unroll 1
-      for (int panel = 0; panel < panels; ++panel) {
-        const int chunks = min(kChunks, (p.row_bytes - panel * kPanel) / kChunk);
-        bool waited = false;
-#pragma unroll 1
-        for (int turn = 0; turn < kTurns; ++turn) {
-          const int chunk = turn * kWarps + warp;
-          if (chunk >= chunks) break;
+      for (int turn = 0; turn < mine; ++turn) {
+        if (!kAhead) {
 #pragma unroll
-          for (int j = 0; j < kWide; ++j) kept[0][j].load(from[j], panel * kChunks + chunk);
-          if (!waited) barrier_wait(full_at + 8 * stage, phase), waited = true;
-#pragma unroll
-          for (int j = 0; j < kWide; ++j) kept[0][j].prepare();
-          take(panel, turn, ring + stage * p.stage_bytes, kept[0]);
+          for (int j = 0; j < kWide; ++j) raw[j].template load<4>(x + from[j], begin + turn, 0);
         }
-        if (!waited) barrier_wait(full_at + 8 * stage, phase);
-        next_stage();
+        arrive(), take(turn, kept[0]);
       }
     }
     // [warps, columns, rows]; whoever writes a buffer again has met all who read it, at the tile between
-    float* const sums = reinterpret_cast<float*>(memory) + (tile & 1) * (kWarps * kOut * kSumPitch);
+    float* const sums = all_sums + (K::kBuffers == 2 && tile & 1 ? K::kTileSums : 0);
 #pragma unroll
     for (int j = 0; j < kWide; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sums[(warp * kOut + j * kColumns + 2 * quarter + i % 2) * kSumPitch + row + i / 2 * 8] = acc[j][i];
+      for (int i = 0; i < 4 * K::kTall; ++i) {
+        sums[(warp * K::kOut + j * kColumns + 2 * quarter + i % 2) * K::kSumPitch + row + i / 2 * 8] =
+            acc[i / 4][j][i % 4];
       }
     }
-    sync_threads(1, kWarps * 32);
+    __syncthreads();
+    const float factor =
+        (K::kFormat == Format::kFp8 ? kSumsLarger : 1.f) * (K::kRow ? scale_value(row_scale, p.scale_type) : 1.f);
 #pragma unroll
-    for (int column = threadIdx.x / kTile; column < kOut; column += kWarps * 32 / kTile) {
-      float sum = 0.f;
+    for (int i = 0; i < (K::kOut * kRows + kWarps * 32 - 1) / (kWarps * 32); ++i) {
+      const int column = threadIdx.x / kRows + i * (kWarps * 32 / kRows);
+      if (column < p.M && n < p.N) {
+        float sum = 0.f;
 #pragma unroll
-      for (int j = 0; j < kWarps; ++j) sum += sums[(j * kOut + column) * kSumPitch + out_row];
-      if (column < p.M && n < p.N) y[column * p.y_row + n] = __float2bfloat16_rn(sum * row_scale);
+        for (int j = 0; j < kWarps; ++j) sum += sums[(j * K::kOut + column) * K::kSumPitch + out_row];
+        y[column * p.y_row + n] = __float2bfloat16_rn(sum * factor);
+      }
     }
+    if (K::kBuffers == 1) __syncthreads();
   }
 #endif
-}
-
-// How the kernel meets the scales; share 0: it cannot.
-struct Plan {
-  Scaling scaling;
-  int share;
-};
-
-// Plans for scales of these columns, of which the rest of `p` is known; those that the copy engine brings have to come
-// in pieces of 16 bytes for every panel.
-inline Plan plan_scales(Problem& p, Format format, int64_t columns, int64_t group) {
-  const int64_t step = 4 * elements(format), whole = 4 * step, in_panel = kPanel / kChunk;
-  const int size = p.scale_type == 2 ? 4 : 2;
-  if (group >= columns && format != Format::kInt4) return {Scaling::kRow, 4};
-  int64_t chunks = 1;  // that share a scale
-  while (whole * chunks < group && whole * chunks < columns) chunks *= 2, ++p.shared_chunks;
-  const bool few = group < whole;
-  const int share = few ? int(group / step) : 4;
-  const bool known = share == 4 || (share == 1 && format == Format::kInt4) || (share == 2 && format == Format::kInt8);
-  if (!known || columns % whole != 0 || (few ? group % step != 0 : group < columns && whole * chunks != group))
-    return {};
-  const auto pieces = [&](int64_t row_bytes) {  // of one panel
-    const int64_t here = row_bytes / kChunk, n = few ? here * (whole / group) : here / chunks;
-    return (few || here % chunks == 0) && n * size % 16 == 0 && (p.zero == nullptr || n % 16 == 0);
-  };
-  const auto aligned = [](const unsigned char* at, int64_t row) {
-    return reinterpret_cast<uintptr_t>(at) % 16 == 0 && row % 16 == 0;
-  };
-  const bool has_ring = share != 2 && (p.scale_type == 0 || (p.scale_type == 2 && format != Format::kInt4));
-  const int64_t first = p.row_bytes < kPanel ? p.row_bytes : kPanel;
-  if (!has_ring || chunks > in_panel || !pieces(first) || !pieces(p.row_bytes % kPanel) ||
-      !aligned(p.scale, p.scale_row) || (p.zero != nullptr && !aligned(p.zero, p.zero_row))) {
-    return {Scaling::kInPlace, share};
-  }
-  const int64_t most = few ? in_panel * (whole / group) : in_panel / chunks;
-  p.scale_pitch = int(most * size + 16);
-  p.zero_pitch = p.zero == nullptr ? 0 : int(most + 16);
-  return {p.scale_type == 0 ? Scaling::kShort : Scaling::kFloat, share};
-}
-
-// Calls run with the kernel for a problem.
-template <typename Run>
-void with_kernel(const Problem& p, Format format, Plan plan, Run run) {
-  using std::integral_constant;
-  const auto of = [&](auto form, auto scaling, auto zero, auto share) {
-    constexpr Format kFormat = decltype(form)::value;
-    constexpr Scaling kScaling = decltype(scaling)::value;
-    constexpr bool kZero = decltype(zero)::value;
-    constexpr int kShare = decltype(share)::value;
-    if (p.M > 16) return run(quantised_gemm_kernel<kFormat, kScaling, kZero, kShare, 4, 0>, 4);
-    if (p.M > 8) return run(quantised_gemm_kernel<kFormat, kScaling, kZero, kShare, 2, 0>, 2);
-    if (p.row_bytes <= kPanel) return run(quantised_gemm_kernel<kFormat, kScaling, kZero, kShare, 1, 2>, 1);
-    return run(quantised_gemm_kernel<kFormat, kScaling, kZero, kShare, 1, 0>, 1);
-  };
-  constexpr integral_constant<Scaling, Scaling::kShort> shorts{};
-  constexpr integral_constant<Scaling, Scaling::kFloat> floats{};
-  constexpr integral_constant<Scaling, Scaling::kInPlace> in_place{};
-  constexpr integral_constant<Scaling, Scaling::kRow> row{};
-  constexpr integral_constant<int, 1> one{};
-  constexpr integral_constant<int, 2> two{};
-  constexpr integral_constant<int, 4> four{};
-  constexpr std::false_type no_zero{};
-  if (format == Format::kInt4) {
-    constexpr integral_constant<Format, Format::kInt4> int4{};
-    const auto shared = [&](auto zero, auto share) {
-      plan.scaling == Scaling::kShort ? of(int4, shorts, zero, share) : of(int4, in_place, zero, share);
-    };
-    const auto with = [&](auto zero) { plan.share == 1 ? shared(zero, one) : shared(zero, four); };
-    return p.zero != nullptr ? with(std::true_type()) : with(no_zero);
-  }
-  const auto eight_bits = [&](auto form) {
-    switch (plan.scaling) {
-      case Scaling::kRow:
-        return of(form, row, no_zero, four);
-      case Scaling::kShort:
-        return of(form, shorts, no_zero, four);
-      case Scaling::kFloat:
-        return of(form, floats, no_zero, four);
-      case Scaling::kInPlace:
-        return plan.share == 2 ? of(form, in_place, no_zero, two) : of(form, in_place, no_zero, four);
-    }
-  };
-  if (format == Format::kInt8) return eight_bits(integral_constant<Format, Format::kInt8>());
-  return eight_bits(integral_constant<Format, Format::kFp8>());
 }
 
 }  // namespace quantised

@@ -52,7 +52,10 @@ QUANTISED_SHAPES = (
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 CSRC = ("ring", "quantised")
 COLD = 160_000_000  # bytes that leave nothing of themselves in the cache
-RINGS = [(110, 0), (110, 99), (220, 99)]
+RINGS = {
+    "ring": [(110, 0), (110, 99), (220, 99)],
+    "quantised": [(50, 0), (50, 99), (110, 99), (220, 99)],  # the least, more stages, and one block on a multiprocessor
+}
 """What is tried of :class:`Plan`'s ring and late."""
 
 
@@ -106,7 +109,7 @@ def run(plan: Plan, x: torch.Tensor, weight: KernelWeight) -> torch.Tensor:
 
 def plans(kind: str, M: int, K: int, group: int) -> list[Plan]:
     fits = {"ring": ring_fits(M, K, kind, group), "quantised": quantised_fits(M, K, kind, group)}
-    found = [Plan(form, *ring) for form, can in fits.items() if can for ring in RINGS]
+    found = [Plan(form, *ring) for form, can in fits.items() if can for ring in RINGS[form]]
     if kind != "plain":
         return found
     triton = [Plan("vector" if M == 1 else "rows")] if M <= MAX_ROWS and K % 64 == 0 else []

@@ -10,38 +10,48 @@ from tests.csrc.emulated.library import aligned, load, pointer
 from tests.kernels.experts import stored
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.ops.weights import dense
+from vllm.model_executor.layers.ops.skinny_gemm import reads_any_width
 from vllm.model_executor.layers.quantization.base import KernelWeight
 
-SHORT, FLOAT, IN_PLACE, ROW, NONE = 0, 1, 2, 3, -1  # Scaling of quantised_gemm.cuh
+SHORT, ANY, ROW, NONE = 0, 1, 2, -1  # Scaling of quantised_gemm.cuh
+STAGES, FEW = 8, 4
 
 
 class Problem(ctypes.Structure):
     _fields_ = [
-        *((name, c_int) for name in ("M", "N", "row_bytes", "stages", "stage_bytes", "late")),
+        *((name, c_int) for name in ("M", "N", "row_bytes", "stages", "late")),
         *((name, c_int64) for name in ("x_row", "y_row")),
         *((name, c_void_p) for name in ("w", "scale", "zero")),
         *((name, c_int64) for name in ("w_row", "scale_row", "zero_row")),
-        *((name, c_int) for name in ("scale_rows", "scale_type", "shared_chunks", "scale_pitch", "zero_pitch")),
+        *((name, c_int) for name in ("scale_rows", "scale_type", "shared_chunks", "inverse", "inverse_shift")),
     ]
 
 
-def emulated(x: torch.Tensor, w: KernelWeight, stages: int = 3, blocks: int = 2) -> tuple[torch.Tensor, int]:
-    """y and how the scales came."""
+def emulated(
+    x: torch.Tensor, w: KernelWeight, stages: int = FEW, blocks: int = 2, pad: int = 0
+) -> tuple[torch.Tensor, int, int]:
+    """y, how the scales came, and the sixteens of rows in a tile. pad: elements that rows of all are longer than wide."""
     (M, K), N = x.shape, w.values.shape[0]
-    x, values, scale = aligned(x), aligned(w.values), aligned(w.scale)
-    zero = None if w.zero is None else aligned(w.zero)
-    y = aligned(torch.full((M, N), torch.nan, dtype=torch.bfloat16))
+    x, values, scale, zero = (None if t is None else strided(t, pad) for t in (x, w.values, w.scale, w.zero))
+    y = aligned(torch.full((M, N + pad), torch.nan, dtype=torch.bfloat16))
     bits, kinds = {"int4": 4, "int8": 8, "fp8": 8}[w.kind], [torch.bfloat16, torch.float16, torch.float32]
-    p = Problem(M, N, K * bits // 8, late=1, x_row=K, y_row=N, w_row=K * bits // 8, scale_rows=w.scale_rows)
+    p = Problem(M, N, K * bits // 8, stages, late=1, x_row=x.stride(0), y_row=N + pad, scale_rows=w.scale_rows)
     p.w, p.scale, p.zero = values.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
+    p.w_row = values.stride(0) * values.element_size()
     p.scale_row, p.scale_type = scale.stride(0) * scale.element_size(), kinds.index(scale.dtype)
     p.zero_row = 0 if zero is None else zero.stride(0)
-    form = ["int4", "int8", "fp8"].index(w.kind)
-    columns, group = c_int64(K), c_int64(w.group)
+    form, tall = ["int4", "int8", "fp8"].index(w.kind), c_int()
     way = load("quantised_gemm.cpp").quantised_gemm(
-        pointer(y), pointer(x), ctypes.byref(p), form, columns, group, stages, blocks
+        pointer(y), pointer(x), ctypes.byref(p), form, c_int64(K), c_int64(w.group), blocks, ctypes.byref(tall)
     )
-    return y, way
+    assert torch.isnan(y[:, N:]).all()
+    return y[:, :N], way, tall.value
+
+
+def strided(rows: torch.Tensor, pad: int) -> torch.Tensor:
+    wide = aligned(torch.empty(rows.shape[0], rows.shape[1] + pad, dtype=rows.dtype))
+    wide.view(torch.uint8).fill_(0xFF)  # NaN
+    return wide[:, : rows.shape[1]].copy_(rows)
 
 
 def quantised_gemm_reference(x: torch.Tensor, w: KernelWeight) -> torch.Tensor:
@@ -64,7 +74,7 @@ def check(N: int, K: int, M: int, form: str, way: int, dtype: torch.dtype = torc
     if gpu:
         y = on_gpu(x, w)
     else:
-        y, came = emulated(x, w, **how)
+        y, came, _ = emulated(x, w, **how)
         assert came == way
     expected = quantised_gemm_reference(x, w)
     assert torch.isfinite(y).all()
@@ -78,8 +88,8 @@ def check(N: int, K: int, M: int, form: str, way: int, dtype: torch.dtype = torc
         ("int4", 2048, SHORT),
         ("int4 zero", 2048, SHORT),
         ("int4 128", 2048, SHORT),
-        ("int4 row", 256, IN_PLACE),
-        ("int8 32", 1024, IN_PLACE),
+        ("int4 row", 256, SHORT),
+        ("int8 32", 1024, SHORT),
         ("int8 128", 1024, SHORT),
         ("int8 row", 1024, ROW),
         ("fp8 block", 1024, SHORT),
@@ -97,20 +107,23 @@ def test_rows_of_x(M, form, K):
 
 
 @pytest.mark.parametrize(
-    "form,K,way",
+    "form,K",
     [
-        ("int4", 128, IN_PLACE),  # less than a warp each; four scales are no piece of 16 bytes
-        ("int4", 2560, SHORT),
-        ("int4 128", 2560, IN_PLACE),
-        ("int4 zero", 5120, SHORT),  # too many chunks to keep x
-        ("int4 128", 9216, SHORT),
-        ("int8 128", 1152, IN_PLACE),  # a panel of one scale
-        ("fp8 block", 4352, IN_PLACE),
-        ("int8 32", 2048, IN_PLACE),
+        ("int4", 128),  # less than a chunk for each warp
+        ("int4", 2560),
+        ("int4 zero", 5120),  # too many chunks to keep x
+        ("int4 128", 9216),
+        ("int8 128", 1152),  # an odd number of scales: rows of them begin in the middle of a word
+        ("int4 128", 640),
+        ("fp8 block", 4352),
+        ("int8 32", 2048),
+        ("int8 32", 2112),  # an odd number of chunks
+        ("fp8 128", 2176),
     ],
 )
-def test_columns(form, K, way):
-    check(16, K, 2, form, way)
+@pytest.mark.parametrize("stages", [FEW, STAGES])
+def test_columns(form, K, stages):
+    check(16, K, 2, form, SHORT, stages=stages)
 
 
 @pytest.mark.parametrize("N", [1, 15, 16, 17, 100])
@@ -119,15 +132,54 @@ def test_rows_of_the_weight(N, blocks):
     check(N, 512, 2, "int4", SHORT, blocks=min(blocks, -(-N // 16)))
 
 
-@pytest.mark.parametrize("stages", [2, 5])
-def test_stages(stages):
-    check(80, 2048, 1, "int8 row", ROW, stages=stages)
+@pytest.mark.parametrize("stages", [FEW, STAGES])
+@pytest.mark.parametrize("form,K", [("int8 row", 2048), ("int4 zero", 2048), ("fp8 block", 1600), ("int4", 2176)])
+def test_rings(form, K, stages):
+    """More chunks than stages, and tiles than a ring holds, with and without x in registers."""
+    check(11 * 16, K, 1, form, ROW if form == "int8 row" else SHORT, stages=stages, blocks=1)
+
+
+@pytest.mark.parametrize("M", [2, 8, 16, 32])
+@pytest.mark.parametrize("N", [32, 90])
+@pytest.mark.parametrize("form,K", [("int4 zero", 2560), ("int4 128", 2176), ("int8 32", 2112), ("fp8 row", 2176)])
+def test_tall_tiles(form, K, N, M):
+    """As soon as x is more than few bytes, if they are no more work."""
+    if torch.cuda.is_available():
+        return check(N, K, M, form, SHORT)
+    w, x = stored((N, K), form, torch.bfloat16, "cpu"), torch.randn(M, K).bfloat16()
+    y, _, tall = emulated(x, w, blocks=1)
+    expected = quantised_gemm_reference(x, w)
+    assert tall == 2 and (y.float() - expected).abs().max() / expected.abs().max() < 5e-3
+    assert emulated(x, w, blocks=-(-N // 16))[2] == 1
+
+
+@pytest.mark.parametrize("scale_rows", [1, 2, 3, 7, 45, 100])
+def test_rows_that_share_scales(scale_rows):
+    w = stored((45, 256), "fp8 128", torch.bfloat16, "cpu")
+    w = KernelWeight("fp8", w.values, w.scale[: -(-45 // scale_rows)], None, w.group, scale_rows)
+    x = torch.randn(2, 256).bfloat16()
+    y = on_gpu(x.cuda(), moved(w)).cpu() if torch.cuda.is_available() else emulated(x, w)[0]
+    expected = (
+        x.float()
+        @ (w.values.float() * w.scale.float().repeat_interleave(scale_rows, 0)[:45].repeat_interleave(128, 1)).T
+    )
+    assert (y.float() - expected).abs().max() / expected.abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("form,K", [("int4", 640), ("int4 zero", 640), ("int8 32", 256), ("fp8 block", 640)])
+def test_rows_in_wider_ones(form, K):
+    if not torch.cuda.is_available():
+        w, x = stored((40, K), form, torch.bfloat16, "cpu"), torch.randn(3, K).bfloat16()
+        expected = quantised_gemm_reference(x, w)
+        y, way, _ = emulated(x, w, pad=16)
+        assert way == SHORT and (y.float() - expected).abs().max() / expected.abs().max() < 5e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("form", ["int4", "int4 128", "int8 128", "fp8 block"])
+@pytest.mark.parametrize("form", ["int4", "int4 128", "int4 zero", "int8 32", "int8 128", "fp8 block"])
 def test_other_scales(form, dtype):
-    check(16, 2048, 1, form, FLOAT if dtype == torch.float32 and "int4" not in form else IN_PLACE, dtype)
+    check(16, 2048, 1, form, ANY, dtype)
+    check(40, 640, 9, form, ANY, dtype)
 
 
 def test_sums_of_one_sign():
@@ -135,12 +187,34 @@ def test_sums_of_one_sign():
     w = stored((16, 1024), "int4", torch.bfloat16, "cpu")
     x = (torch.rand(2, 1024) + 1).bfloat16()
     expected = quantised_gemm_reference(x, w)
-    y = (
-        on_gpu(x.cuda(), KernelWeight("int4", w.values.cuda(), w.scale.cuda(), None, w.group)).cpu()
-        if (torch.cuda.is_available())
-        else emulated(x, w)[0]
-    )
+    y = on_gpu(x.cuda(), moved(w)).cpu() if (torch.cuda.is_available()) else emulated(x, w)[0]
     assert (y.float() - expected).abs().max() / expected.abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("form", ["fp8 row", "int8 row"])
+def test_every_element(form):
+    """Zeros, subnormals and the largest come through exactly, times x of any size."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    if form == "fp8 row":
+        codes[[0x7F, 0xFF]] = 0  # NaN
+    values = codes.view(16, 16).repeat(1, 16).view(torch.float8_e4m3fn if form == "fp8 row" else torch.int32)
+    w = KernelWeight(form[:-4], values, torch.ones(16, 1).bfloat16(), None, 256)
+    for size in (2.0**-60, 1.0, 2.0**40):
+        x = (torch.eye(16, 256) * size).bfloat16()
+        y = on_gpu(x.cuda(), moved(w)).cpu() if torch.cuda.is_available() else emulated(x, w)[0]
+        assert torch.equal(y, quantised_gemm_reference(x, w).bfloat16())
+
+
+def moved(w: KernelWeight) -> KernelWeight:
+    return KernelWeight(w.kind, w.values.cuda(), w.scale.cuda(), None, w.group, w.scale_rows)
+
+
+def test_scales_beside_their_places():
+    """Several scales of a row come in one piece, so a view that begins amid one is not read."""
+    w = stored((16, 256), "int4", torch.bfloat16, "cpu")
+    assert emulated(torch.zeros(1, 256).bfloat16(), w, pad=16)[1] == SHORT
+    wide = KernelWeight("int4", w.values, torch.ones(16, 9).bfloat16()[:, :8], None, w.group)
+    assert not reads_any_width(wide) and reads_any_width(w)
 
 
 @pytest.mark.parametrize("form", ["int4 64", "int8 16", "fp8 row"])

@@ -1,19 +1,20 @@
 // The kernel of csrc/quantised_gemm.cuh on the CPU, for tests/csrc/test_quantised_gemm.py.
 #include "emulator.h"
 //
-#include "../../../csrc/quantised_gemm.cuh"
+#include "../../../csrc/quantised_gemm_plan.cuh"
 
 using namespace vllm::quantised;
 
 // The problem with what is known before plan_scales. Returns its Scaling, or -1 where no kernel reads such groups.
+// tall: sixteens of rows in a tile of the kernel that ran.
 extern "C" int quantised_gemm(bf16* y, const bf16* x, Problem* p, int format, int64_t columns, int64_t group,
-                              int stages, int blocks) {
+                              int blocks, int* tall) {
   const Plan plan = plan_scales(*p, Format(format), columns, group);
   if (plan.share == 0) return -1;
-  p->stages = stages;
-  p->stage_bytes = kTile * (kPanel + kPad + p->scale_pitch + p->zero_pitch);
-  with_kernel(*p, Format(format), plan, [&](auto kernel, int) {
-    emulated::run({unsigned(blocks), 1}, (kWarps + 1) * 32, [&] { kernel(y, x, *p); });
+  with_kind(*p, Format(format), plan, blocks, [&](auto kind) {
+    using K = decltype(kind);
+    *tall = K::kTall;
+    emulated::run({unsigned(blocks), 1}, kWarps * 32, [&] { quantised_gemm_kernel<K>(y, x, *p); });
   });
   return int(plan.scaling);
 }

@@ -308,17 +308,18 @@ def reads_any_width(weight: KernelWeight) -> bool:
     """Whether csrc/quantised_gemm.cu can read this weight's rows, scales and zero points."""
     scales = [part for part in (weight.scale, weight.zero) if part is not None]
     alike = weight.scale.dtype in (*HALVES, torch.float32) and (weight.zero is None or weight.kind == "int4")
-    return (
-        alike and weight.row_scale is None and _in_pieces(weight.values, 16) and all(s.stride(1) == 1 for s in scales)
-    )
+    if not alike or weight.row_scale is not None or not _in_pieces(weight.values, 16):
+        return False
+    together = max(1, (128 if weight.kind == "int4" else 64) // weight.group)  # of a row, in one piece
+    return all(_in_pieces(s, together, together * s.element_size()) for s in scales)
 
 
-def _in_pieces(rows: torch.Tensor, columns: int) -> bool:
-    """Whether pieces of so many columns begin and end at multiples of 16 bytes."""
+def _in_pieces(rows: torch.Tensor, columns: int, piece: int = 16) -> bool:
+    """Whether pieces of so many columns begin and end at multiples of so many bytes."""
     size = rows.element_size()
     return (
         rows.stride(1) == 1
-        and rows.data_ptr() % 16 == 0
-        and rows.stride(0) * size % 16 == 0
-        and columns * size % 16 == 0
+        and rows.data_ptr() % piece == 0
+        and rows.stride(0) * size % piece == 0
+        and columns * size % piece == 0
     )
