@@ -66,16 +66,10 @@ def step_folds(rows: int, dtype: torch.dtype, where: Where, in_proj: str, parts:
         in_proj: variant of the GDN layers' input projection.
         parts: of all layers.
     """
-    if (
-        not 1 <= rows <= INPUT_ROWS
-        or dtype != torch.bfloat16
-        or not where.csrc
-        or where.ranks > 1
-        or in_proj != "fused"
-    ):
+    able = dtype == torch.bfloat16 and where.csrc and where.ranks == 1 and in_proj == "fused"
+    if not able or not 1 <= rows <= INPUT_ROWS or not all(part.folds(rows, where.gpu) for part in parts):
         return NOTHING
-    able = all(part.folds(rows, where.gpu) for part in parts)
-    return Folds(input=able, post=able and rows <= POST_ROWS)
+    return Folds(input=True, post=rows <= POST_ROWS)
 
 
 @lru_cache
