@@ -9,13 +9,13 @@ from vllm.config.scheduler import PERFORMANCE_MODES
 @pytest.mark.parametrize(
     ("given", "decode", "prompt"),
     [
-        ({}, True, False),
+        ({}, True, True),
         ({"enforce_eager": True}, False, False),
         ({"optimization_level": 0}, False, False),
-        ({"optimization_level": 3}, True, False),
+        ({"optimization_level": 3}, True, True),
         ({"compilation_config": {"cudagraph_mode": "NONE"}}, False, False),
         ({"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY", "mode": 0}}, True, False),
-        ({"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}}, True, False),
+        ({"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}}, True, True),
         ({"compilation_config": {"cudagraph_mode": "full"}}, True, True),
         ({"compilation_config": {"cudagraph_mode": "FULL"}, "enforce_eager": True}, False, False),
     ],

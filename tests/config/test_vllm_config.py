@@ -4,6 +4,7 @@ import pytest
 
 from vllm.config import (
     CacheConfig,
+    CompilationConfig,
     GDNConfig,
     LoadConfig,
     ModelConfig,
@@ -147,3 +148,10 @@ def test_device_auto_follows_torch(monkeypatch):
 def test_overrides_reach_the_model():
     model = ModelConfig(model=MODEL, hf_overrides={"text_config": {"num_hidden_layers": 4}})
     assert VllmConfig.create(model, device="cpu").hf_config.text.num_hidden_layers == 4
+
+
+def test_prompts_that_are_graphs():
+    assert create().prompt_sizes[-1] == 2048
+    assert create(scheduler_config=SchedulerConfig(max_num_batched_tokens=300)).prompt_sizes[-2:] == (256, 300)
+    asked = CompilationConfig(compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY"})
+    assert create(compilation_config=asked).prompt_sizes == create(device="cpu").prompt_sizes == ()

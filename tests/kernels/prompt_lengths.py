@@ -13,6 +13,7 @@ from tests.kernels.aot import describe  # before any kernel: it turns the interp
 from tests.kernels.attention_case import AttentionCase
 from tests.kernels.experts import layer
 from vllm.model_executor.layers.fla.ops import chunk, gating, layernorm_guard
+from vllm.model_executor.layers.folding import INPUT_ROWS, POST_ROWS
 from vllm.model_executor.layers.fused_moe.experts import plan_experts
 from vllm.model_executor.layers.fused_moe.layer import FRONT_TOKENS
 from vllm.model_executor.layers.fused_moe.ops import few_tokens, front, grouped
@@ -24,7 +25,7 @@ from vllm.v1.worker.warm_up import _LENGTHS
 
 D, E, TOP_K, I = 2048, 256, 8, 512  # of the 35B model
 HEADS_K, HEADS_V, WIDTH = 16, 32, 128
-LONGEST = 2048
+LONGEST = 4096
 LENGTHS = [
     *range(1, 140),
     *range(144, 700, 16),
@@ -42,6 +43,9 @@ LENGTHS = [
     1999,
     2000,
     2047,
+    2048,
+    3000,
+    4095,
 ]
 DTYPE = torch.bfloat16
 KEY, VALUE = HEADS_K * WIDTH, HEADS_V * WIDTH
@@ -91,7 +95,9 @@ class Layers:
     def _experts(self, T: int) -> None:
         x = torch.zeros(T, D, dtype=DTYPE)
         self._experts_of(x, x, None)
-        if T <= 16:  # as many as fold norms and adds on a GPU that was measured
+        if T <= INPUT_ROWS:
+            self._experts_of(x, x, x)
+        if T <= POST_ROWS:
             self._experts_of(x, Unnormed(x, torch.zeros(D, dtype=DTYPE), 1e-6, True), x)
 
     def _experts_of(self, x: torch.Tensor, rows: torch.Tensor | Unnormed, add_to: torch.Tensor | None) -> None:

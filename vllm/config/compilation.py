@@ -8,13 +8,17 @@ from typing import Any
 from vllm.config.knob import check_choices, knob
 
 _MODES = ("NONE", "FULL_DECODE_ONLY", "FULL")
-_SAME = {"FULL_AND_PIECEWISE": "FULL_DECODE_ONLY"}
+_SAME = {"FULL_AND_PIECEWISE": "FULL"}
 _KEYS = ("mode", "cudagraph_mode", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
+
+PROMPT_SIZES = (16, 32, 64, 128, 192, 256, 384, 512, 1024, 1536, 2048)
+"""Tokens that a prompt's chunk is padded to, for a CUDA graph: without one a step of the 35B model takes the host 48 ms to launch, whatever its
+size (docs/log.md). Few tokens more cost little where weights are what a step reads; each size makes the start longer."""
 
 
 @dataclass(frozen=True)
 class CompilationConfig:
-    """CUDA graphs of decode steps and, if asked for, of short prompts. Other steps are computed kernel by kernel in any case.
+    """CUDA graphs of decode steps and of steps with one chunk of a prompt. Other steps are computed kernel by kernel in any case.
 
     Raises ValueError, in one line, for a key or value that is not known.
     """
@@ -28,7 +32,7 @@ class CompilationConfig:
     )
     compilation_config: dict[str, Any] = knob(  # noqa: RUF009
         {},
-        'JSON: "cudagraph_mode" NONE, FULL_DECODE_ONLY (default on a GPU) or FULL, which has graphs of short prompts too; '
+        'JSON: "cudagraph_mode" NONE, FULL_DECODE_ONLY or FULL (default on a GPU), which has graphs of prompts too; '
         '"cudagraph_capture_sizes", a list of batch sizes; "max_cudagraph_capture_size"; "mode" 0 (torch.compile is not used).',
         short="-cc",
     )
@@ -60,7 +64,7 @@ class CompilationConfig:
         """Which steps run as CUDA graphs where there is a GPU: one of _MODES."""
         if self.enforce_eager or self.optimization_level == 0:
             return "NONE"
-        mode = str(self.compilation_config.get("cudagraph_mode") or "FULL_DECODE_ONLY").upper()
+        mode = str(self.compilation_config.get("cudagraph_mode") or "FULL").upper()
         return _SAME.get(mode, mode)
 
     @property
@@ -80,6 +84,15 @@ class CompilationConfig:
     @property
     def max_capture_size(self) -> int | None:
         return self.compilation_config.get("max_cudagraph_capture_size")
+
+
+def prompt_sizes(longest: int) -> tuple[int, ...]:
+    """Numbers of tokens for which a step with one chunk of a prompt gets a graph, smallest first.
+
+    Args:
+        longest: tokens of the longest chunk that a step can hold.
+    """
+    return tuple(sorted({min(size, longest) for size in PROMPT_SIZES}))
 
 
 def _is_size(value: Any) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from vllm.config.knob import check_at_least, check_choices, knob
 
 PERFORMANCE_MODES = {
-    "balanced": {"max_num_batched_tokens": 2048, "stream_interval": 1},
+    "balanced": {"max_num_batched_tokens": 4096, "stream_interval": 1},
     "interactivity": {"max_num_batched_tokens": 512, "stream_interval": 1},
     "throughput": {"max_num_batched_tokens": 8192, "stream_interval": 4},
 }
@@ -26,7 +26,7 @@ class SchedulerConfig:
         choices=tuple(PERFORMANCE_MODES),
     )
     max_num_batched_tokens: int | None = knob(
-        None, "Most tokens computed in one step; default: 2048, or what --performance-mode says."
+        None, "Most tokens computed in one step; default: 4096, or what --performance-mode says."
     )
     enable_chunked_prefill: bool = knob(True, "Cut long prompts into chunks that share steps with decoding sequences.")
     scheduling_policy: str = knob(

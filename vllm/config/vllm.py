@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vllm.config.cache import CacheConfig
 from vllm.config.checkpoint import load_hf_config, resolve_model
-from vllm.config.compilation import CompilationConfig
+from vllm.config.compilation import CompilationConfig, prompt_sizes
 from vllm.config.gdn import GDNConfig
 from vllm.config.hf_config import HFConfig
 from vllm.config.model import LoadConfig, ModelConfig
@@ -125,6 +125,15 @@ class VllmConfig:
     def longest_chunk(self) -> int:
         """Tokens of the longest prompt chunk that a step can hold."""
         return min(self.scheduler_config.max_num_batched_tokens, self.model_config.max_model_len)
+
+    @property
+    def prompt_sizes(self) -> tuple[int, ...]:
+        """Tokens of the steps with one chunk of a prompt that are CUDA graphs, smallest first."""
+        if self.parallel_config.device != "cuda" or not self.compilation_config.prompt_graphs:
+            return ()
+        if self.model_config.dtype == "float32":  # whose attention is PyTorch's, which asks for lengths
+            return ()
+        return prompt_sizes(self.longest_chunk)
 
     @property
     def quant_scheme(self) -> QuantConfig | None:

@@ -127,7 +127,7 @@ UNSUPPORTED: dict[str, Unsupported] = {
     "disable_nccl_for_dp_synchronization": _switch(_ONE_DEVICE),
     # speculation, compilation, kernels
     "speculative_config": _value(_NO_DRAFTS, "null", short="-sc"),
-    "cuda_graph_sizes": _value("there are no CUDA graphs yet; leave it out"),
+    "cuda_graph_sizes": _value("use --compilation-config.cudagraph_capture_sizes"),
     "cudagraph_capture_sizes": _value("use --compilation-config.cudagraph_capture_sizes"),
     "max_cudagraph_capture_size": _value("use --compilation-config.max_cudagraph_capture_size"),
     "kernel_config": _value("kernels are chosen by the device; for GDN see --gdn-in-proj"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm.config.checkpoint import load_hf_config, resolve_model
-from vllm.model_executor.layers.folding import Where, step_folds
+from vllm.model_executor.layers.folding import INPUT_ROWS, NOTHING, POST_ROWS, Folds, Where, step_folds
 from vllm.model_executor.layers.fused_moe.experts import ExpertsFold
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
@@ -14,20 +14,24 @@ from vllm.model_executor.layers.quantization.plan import ConfigPlan
 from vllm.model_executor.models.qwen3_5 import Qwen3_5ForCausalLM
 
 H200 = Where("NVIDIA H200", csrc=True)
-EXPERTS = ExpertsFold(8, 256, kernels=True, tiles=True, front=True)
+EXPERTS = ExpertsFold(8, 256, kernels=True, tiles=True)
 GDN = (Product("plain", 12352, 2048), Product("plain", 2048, 4096))
 ATTENTION = (Product("plain", 9216, 2048), Product("plain", 2048, 4096))
 MODEL_35B = (*GDN, *ATTENTION, EXPERTS)
 
 
 def folds(rows=1, dtype=torch.bfloat16, where=H200, in_proj="fused", parts=MODEL_35B):
-    return step_folds(rows, dtype, where, in_proj, parts)
+    found = step_folds(rows, dtype, where, in_proj, parts)
+    assert found.input or not found.post
+    return found.input
 
 
 def test_few_rows_of_the_35b_fold():
-    assert all(folds(rows) for rows in range(1, 17))
-    # csrc's kernel has no code for 4,096 columns of more rows, and is not the fastest for 2,048
-    assert not any(folds(rows) for rows in (0, 17, 32, 33, 4096))
+    """The post-attention norm of fewer rows than the input norm."""
+    both, input_only = Folds(input=True, post=True), Folds(input=True)
+    expected = {0: NOTHING, 1: both, 2: both, 3: input_only, 8: input_only, 9: NOTHING, 16: NOTHING, 4096: NOTHING}
+    assert {rows: step_folds(rows, torch.bfloat16, H200, "fused", MODEL_35B) for rows in expected} == expected
+    assert (POST_ROWS, INPUT_ROWS) == (2, 8)
 
 
 def test_what_a_step_needs():
@@ -49,10 +53,9 @@ def test_a_bias_or_another_kernel_is_too():
 
 
 def test_experts():
-    """Any stored form that the kernels for a few tokens read; more tokens need the front that takes rows."""
-    packed = ExpertsFold(8, 256, kernels=True, tiles=True, front=False)
-    assert folds(12, parts=(*GDN, packed)) and not folds(13, parts=(*GDN, packed))
-    assert not folds(parts=(*GDN, ExpertsFold(8, 256, kernels=False, tiles=False, front=False)))
+    """Any stored form that the kernels for a few tokens read."""
+    assert EXPERTS.folds(12, "any") and not EXPERTS.folds(13, "any")
+    assert not folds(parts=(*GDN, ExpertsFold(8, 256, kernels=False, tiles=False)))
 
 
 @pytest.mark.parametrize("preset", ["qwen3.5-35b-a3b", "qwen3.5-9b"])
@@ -66,7 +69,7 @@ def test_parts_of_published_models(preset):
         assert folds(parts=found)
     else:
         assert not folds(parts=found)
-    assert not model.folds(torch.zeros(1, config.hidden_size, device="meta").bfloat16()), "not on a GPU"
+    assert model.folds(torch.zeros(1, config.hidden_size, device="meta").bfloat16()) == NOTHING, "not on a GPU"
 
 
 @pytest.mark.parametrize("cls", [RMSNorm, GemmaRMSNorm])

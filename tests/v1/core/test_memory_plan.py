@@ -188,6 +188,8 @@ def test_workspace_grows_with_the_step():
     small = workspace_bytes(TEXT, max_num_batched_tokens=512, max_num_seqs=1)
     assert small < workspace_bytes(TEXT, max_num_batched_tokens=8192, max_num_seqs=1)
     assert small < workspace_bytes(TEXT, max_num_batched_tokens=512, max_num_seqs=512)
+    graphs = workspace_bytes(TEXT, max_num_batched_tokens=1024, graph_tokens=512, max_num_seqs=1)
+    assert graphs == workspace_bytes(TEXT, max_num_batched_tokens=1024, max_num_seqs=1) + small
     assert workspace_bytes(TEXT, max_num_batched_tokens=1, max_num_seqs=256) >= 256 * 248320 * 18
 
 

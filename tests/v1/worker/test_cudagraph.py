@@ -11,7 +11,8 @@ from tests.kernels.common import assert_close
 from tests.v1.worker.static_prompts import ByHand, poisoned_pools, recorded_logits, runner_of, static_prompts
 from vllm import LLM, SamplingParams
 from vllm.benchmarks.tiny_tasks import generate
-from vllm.v1.worker.cudagraph import PROMPT_SIZES, GraphCache, capture_sizes, padded_size, prompt_sizes
+from vllm.config.compilation import PROMPT_SIZES, prompt_sizes
+from vllm.v1.worker.cudagraph import GraphCache, capture_sizes, padded_size
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 8, 9, 64, 100, 256, 1024])
@@ -46,7 +47,6 @@ def test_a_graph_does_again_what_was_recorded():
     assert y.tolist() == [4.0] * 4
 
 
-FULL = {"compilation_config": {"cudagraph_mode": "FULL"}}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 DRAWN = SamplingParams(temperature=0.5, top_p=0.9, top_k=20, seed=3, max_tokens=24)
 SCORED = SamplingParams(temperature=0.0, max_tokens=24, logprobs=2, frequency_penalty=0.01)
@@ -65,7 +65,7 @@ def test_graphs_and_eager_steps_give_the_same_tokens(tiny_model, params):
         "ahead": {},
         "few": {"compilation_config": {"cudagraph_capture_sizes": [2, 12]}},
         "none": {"compilation_config": {"cudagraph_mode": "NONE"}},
-        "prompts": FULL,
+        "decode only": {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}},
     }.items():
         llm = LLM(str(tiny_model), max_model_len=256, max_num_seqs=12, use_tqdm_on_load=False, seed=0, **options)
         runner = llm.llm_engine.core.worker.runner
@@ -75,7 +75,7 @@ def test_graphs_and_eager_steps_give_the_same_tokens(tiny_model, params):
         outputs = llm.generate(prompts, changed, use_tqdm=False)
         texts[name] = [tuple(output.outputs[0].token_ids) for output in outputs]
         assert hasattr(runner, "graphs") == (name not in ("eager", "none"))
-        if name in ("ahead", "prompts"):
+        if name in ("ahead", "decode only"):
             for in_proj, decode in (("serial", "unpacked"), ("dual_stream", "packed"), ("fused", "fused")):
                 llm.llm_engine.set_gdn_variants(in_proj=in_proj, decode=decode)
                 again = llm.generate(prompts, changed, use_tqdm=False)
@@ -96,7 +96,7 @@ def test_prompts_in_graphs_give_the_same_tokens(tiny_model, params, budget):
     items = [item for kind in ("add2", "reverse", "count") for item in generate(kind, 4)]
     limits = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": budget}
     texts = {}
-    for name, options in {"eager": {"enforce_eager": True}, "graphs": FULL}.items():
+    for name, options in {"eager": {"enforce_eager": True}, "graphs": {}}.items():
         llm = LLM(str(tiny_model), use_tqdm_on_load=False, seed=0, **limits, **options)
         template = partial(llm.get_tokenizer().apply_chat_template, tokenize=False, add_generation_prompt=True)
         prompts = [template(item.messages, enable_thinking=False) for item in items]
@@ -126,7 +126,7 @@ def test_a_graph_of_a_prompt_computes_what_its_kernels_do(prompt_llm, chunks):
     for rounding."""
     runner, n = runner_of(prompt_llm), sum(chunks)
     rng = random.Random(n)
-    token_ids, pages = [rng.randrange(5, 800) for _ in range(n)], rng.sample(range(1, 60), -(-n // 16))
+    token_ids, pages = [rng.randrange(5, 800) for _ in range(n)], rng.sample(range(1, 140), -(-n // 16))
 
     def compute():
         with poisoned_pools(runner) as pools:
@@ -161,8 +161,8 @@ def test_a_graph_of_a_prompt_computes_what_its_kernels_do(prompt_llm, chunks):
 
 @pytest.fixture(scope="module")
 def prompt_llm(tiny_model):
-    limits = {"max_model_len": 640, "max_num_seqs": 4, "num_gpu_blocks_override": 64}  # all pages are looked through
-    return LLM(str(tiny_model), use_tqdm_on_load=False, **limits, **FULL)
+    limits = {"max_model_len": 2200, "max_num_seqs": 4, "num_gpu_blocks_override": 144}  # all pages are looked through
+    return LLM(str(tiny_model), use_tqdm_on_load=False, **limits)
 
 
 @pytest.mark.gpu

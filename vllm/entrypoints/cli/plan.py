@@ -62,6 +62,7 @@ def make_plan(config: VllmConfig, memory: int, utilization: float | None = None,
         max_model_len=model.max_model_len,
         max_num_seqs=seqs,
         max_num_batched_tokens=max(scheduler.max_num_batched_tokens, seqs),
+        graph_tokens=max(config.prompt_sizes, default=0),
         block_size=cache.block_size,
         dtype=model.dtype,
         **_state_dtypes(config),
@@ -103,13 +104,14 @@ def model_table(config: VllmConfig) -> str:
     workspace = memory_plan.workspace_bytes(
         text,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        graph_tokens=max(config.prompt_sizes, default=0),
         max_num_seqs=scheduler.max_num_seqs,
         dtype=model.dtype,
     )
     lines += [
         f"GDN state   {format_bytes(slot)} a sequence, however long (recurrent {cache.mamba_ssm_cache_dtype}, window {cache.mamba_cache_dtype})",
         f"KV pages    {format_bytes(token)} a token ({cache.kv_cache_dtype})",
-        f"workspace   {format_bytes(workspace)} for {scheduler.max_num_batched_tokens} tokens and {scheduler.max_num_seqs} sequences a step (estimate), "
+        f"workspace   {format_bytes(workspace)} for {scheduler.max_num_batched_tokens} tokens and {scheduler.max_num_seqs} sequences a step and its CUDA graphs (estimate), "
         f"and {format_bytes(memory_plan.RUNTIME_RESERVE)} for CUDA itself",
     ]
     left_out = [name for name, there in _left_out(config).items() if there]
@@ -151,6 +153,7 @@ def as_json(config: VllmConfig, memory: int | None) -> dict[str, Any]:
         "workspace_bytes": memory_plan.workspace_bytes(
             text,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            graph_tokens=max(config.prompt_sizes, default=0),
             max_num_seqs=scheduler.max_num_seqs,
             dtype=config.model_config.dtype,
         ),

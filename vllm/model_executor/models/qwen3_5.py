@@ -12,7 +12,7 @@ from vllm.config.gdn import GDNConfig
 from vllm.config.hf_config import TextConfig
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.folding import Part, step_folds, where
+from vllm.model_executor.layers.folding import NOTHING, Folds, Part, step_folds, where
 from vllm.model_executor.layers.fused_moe import FusedMoE, SharedExpert
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.linear import (
@@ -58,18 +58,16 @@ class Qwen3_5ForCausalLM(nn.Module):
         """input_ids [T], positions [T] or [3, T] -> hidden [T, D] after the final norm."""
         hidden = self.embed_tokens(input_ids)
         cos_sin = self.rotary_emb.cos_sin(positions)  # [T, rotary_dim]
-        if self.folds(hidden):
-            hidden, residual, add_to = None, hidden, hidden
-        else:
-            residual, add_to = torch.zeros_like(hidden), None
+        folds = self.folds(hidden)
+        hidden, residual = (None, hidden) if folds.input else (hidden, torch.zeros_like(hidden))
         for layer in self.layers:
-            hidden, residual = layer(hidden, residual, cos_sin, add_to)
+            hidden, residual = layer(hidden, residual, cos_sin, folds)
         return normed(self.norm(hidden, residual)[0])
 
-    def folds(self, hidden: torch.Tensor) -> bool:
-        """Whether the layers add to one residual [T, D] in place and leave its norms to the projections behind them."""
+    def folds(self, hidden: torch.Tensor) -> Folds:
+        """The norms of a residual [T, D] that are left to the projections behind them."""
         if not hidden.is_cuda or torch.compiler.is_compiling():
-            return False
+            return NOTHING
         gdn = next((layer.linear_attn.variants.in_proj for layer in self.layers if layer.is_gdn), "fused")
         return step_folds(hidden.shape[0], hidden.dtype, where(hidden.device), gdn, self._parts)
 
@@ -124,16 +122,18 @@ class DecoderLayer(nn.Module):
         hidden: torch.Tensor | None,
         residual: torch.Tensor,
         cos_sin: torch.Tensor,
-        add_to: torch.Tensor | None = None,
+        folds: Folds = NOTHING,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """hidden (not yet added; None: it has been) and residual [T, D] -> the same of the next layer.
 
         Args:
-            add_to: the residual, where mixer and net are to add to it themselves (`layers/folding.py`).
+            folds: norms that are left to what is behind them (`layers/folding.py`); what is in front adds to the residual by itself.
         """
         hidden, residual = self.input_layernorm(hidden, residual)
+        add_to = residual if folds.post else None
         hidden = self.linear_attn(hidden, add_to) if self.is_gdn else self.self_attn(hidden, cos_sin, add_to)
         hidden, residual = self.post_attention_layernorm(hidden, residual)
+        add_to = residual if folds.input else None
         return self.mlp(hidden, add_to), residual
 
     def parts(self) -> Iterator[Part]:

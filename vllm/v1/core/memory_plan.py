@@ -237,10 +237,16 @@ def _linear_layers(text: TextConfig, kind: str, sparse: bool) -> list[tuple[str,
 
 
 def workspace_bytes(
-    text: TextConfig, *, max_num_batched_tokens: int = 2048, max_num_seqs: int = 256, dtype: str = "bfloat16"
+    text: TextConfig,
+    *,
+    max_num_batched_tokens: int = 4096,
+    graph_tokens: int = 0,
+    max_num_seqs: int = 256,
+    dtype: str = "bfloat16",
 ) -> int:
     """The most that activations take during one step, somewhat pessimistic; the engine measures it where there is a GPU.
 
+    Steps that are CUDA graphs keep memory of their own, as much as the largest of them takes: that of `graph_tokens`, if there are any.
     T tokens run through one layer at a time, so the largest mixer and the largest feed-forward count once:
 
         residual     4 T D                     hidden state, residual, normed input, layer output
@@ -263,7 +269,9 @@ def workspace_bytes(
     experts += tokens * text.num_experts * 12 + 3 * tokens * text.shared_expert_intermediate_size * size
     dense = 0 if all(text.sparse_layers) else 3 * tokens * text.intermediate_size * size
     logits = max_num_seqs * text.vocab_size * (size + 16)
-    return residual + max(max(gdn, attention) + max(experts, dense), logits)
+    limits = {"max_num_batched_tokens": graph_tokens, "max_num_seqs": max_num_seqs, "dtype": dtype}
+    graphs = workspace_bytes(text, **limits) if graph_tokens else 0
+    return graphs + residual + max(max(gdn, attention) + max(experts, dense), logits)
 
 
 @dataclass(frozen=True)
@@ -310,7 +318,8 @@ def plan(
     utilization: float,
     max_model_len: int,
     max_num_seqs: int,
-    max_num_batched_tokens: int = 2048,
+    max_num_batched_tokens: int = 4096,
+    graph_tokens: int = 0,
     block_size: int = 16,
     dtype: str = "bfloat16",
     kv_dtype: str = "bfloat16",
@@ -323,7 +332,11 @@ def plan(
     """Plan a device without touching it. Limits that do not fit come back as `MemoryPlan.problem`, not as an exception."""
     weights = weight_bytes(text, dtype, quant)
     workspace = workspace_bytes(
-        text, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, dtype=dtype
+        text,
+        max_num_batched_tokens=max_num_batched_tokens,
+        graph_tokens=graph_tokens,
+        max_num_seqs=max_num_seqs,
+        dtype=dtype,
     )
     budget = kv_cache_memory_bytes
     if budget is None:

@@ -25,19 +25,6 @@ def capture_sizes(max_num_seqs: int, asked: tuple[int, ...] | None = None) -> tu
     return (*sizes, max_num_seqs)
 
 
-PROMPT_SIZES = (16, 32, 64, 128, 192, 256, 384, 512)
-"""Beyond these the GPU is busy for longer than the host takes to launch; below, weights are what a step reads, and few tokens more cost little."""
-
-
-def prompt_sizes(longest: int) -> tuple[int, ...]:
-    """Numbers of tokens for which a step with one chunk of a prompt gets a graph, smallest first.
-
-    Args:
-        longest: tokens of the longest chunk that a step can hold.
-    """
-    return tuple(sorted({min(size, longest) for size in PROMPT_SIZES}))
-
-
 def padded_size(sizes: tuple[int, ...], count: int) -> int | None:
     """The smallest captured size that holds `count` sequences, or tokens; None where none does."""
     at = bisect_left(sizes, count)

@@ -1,8 +1,8 @@
 """One step on the device: build the batch, run the model, sample, and leave a promise of the results.
 
 Nothing here waits for the device, so a step can be queued while the one before it is computed. Steps in which every sequence computes
-one token run on tensors that stay in place (`DecodeBatch`), on a GPU as two CUDA graphs: the network, and the choice of the tokens. Where it
-is asked for, so do steps with one chunk of one prompt (`PromptBatch`); other steps are launched kernel by kernel.
+one token run on tensors that stay in place (`DecodeBatch`), on a GPU as two CUDA graphs: the network, and the choice of the tokens. So do
+steps with one chunk of one prompt (`PromptBatch`), if it is not too long; other steps are launched kernel by kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.sample.token_masks import DeviceMasks
 from vllm.v1.structured_output.masks import TokenMasks
 from vllm.v1.worker.caches import bind_caches, unbind_caches
-from vllm.v1.worker.cudagraph import GraphCache, capture_sizes, padded_size, prompt_sizes
+from vllm.v1.worker.cudagraph import GraphCache, capture_sizes, padded_size
 from vllm.v1.worker.decode_batch import DecodeBatch
 from vllm.v1.worker.input_batch import InputBatch, Sequence, StepInputs
 from vllm.v1.worker.pending import PendingOutput
@@ -58,15 +58,12 @@ class ModelRunner:
         self.batch = InputBatch(max_num_seqs, max_pages, text.vocab_size, self.device)
         self.decode = DecodeBatch(self.batch, block_size, max_model_len)
         self._graph_sizes: tuple[int, ...] = ()
-        prompts: tuple[int, ...] = ()
         compilation, dtype = self.config.compilation_config, self.config.model_config.dtype
         if self.device.type == "cuda" and compilation.decode_graphs:
             most = min(max_num_seqs, compilation.max_capture_size or max_num_seqs)
             self._graph_sizes = capture_sizes(most, compilation.capture_sizes)
             self.graphs = GraphCache(self.device)
-            if compilation.prompt_graphs and dtype != "float32":  # whose attention is PyTorch's, which asks for lengths
-                prompts = prompt_sizes(self.config.longest_chunk)
-        self.prompt = PromptBatch(self.batch, block_size, max_model_len, prompts)
+        self.prompt = PromptBatch(self.batch, block_size, max_model_len, self.config.prompt_sizes)
         self._prompt_sizes: tuple[int, ...] = ()  # those in use: none before `capture_graphs`
         # what the network's graph leaves for the sampler's
         self._hidden = torch.empty(max_num_seqs, text.hidden_size, dtype=getattr(torch, dtype), device=self.device)

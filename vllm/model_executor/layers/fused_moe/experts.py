@@ -88,20 +88,19 @@ def plan_experts(
 class ExpertsFold:
     """A mixture of experts as `layers/folding.py` asks about it.
 
-    kernels, tiles: as for `plan_experts`. front: whether one launch takes what the router and the shared expert make of many tokens.
+    kernels, tiles: as for `plan_experts`.
     """
 
     top_k: int
     num_experts: int
     kernels: bool
     tiles: bool
-    front: bool
 
     def folds(self, rows: int, gpu: str) -> bool:
-        """Where one of our own kernels reads the rows, and one of them writes their results."""
+        """Where each choice reads its expert's weights: those kernels normalise the rows, and write their results."""
         how = {"device": "cuda", "kernels": self.kernels, "tiles": self.tiles}
         plan = plan_experts(rows, self.top_k, self.num_experts, **how, grouped_matmul=False, dense_is_free=False)
-        return plan.way == "few" or (plan.way == "tiles" and self.front)
+        return plan.way == "few"
 
 
 @functools.cache

@@ -177,7 +177,6 @@ class FusedMoE(nn.Module):
             self.num_experts,
             kernels=w is not None and fits(w.router, w),
             tiles=w is not None and fits_grouped(w.w13, w.w2),
-            front=w is not None and prefers_rows(FRONT_TOKENS, w),
         )
 
     def _tiles(
