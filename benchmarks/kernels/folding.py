@@ -26,7 +26,6 @@ from tests.kernels.experts import layer
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.ops.few_tokens import moe_few_tokens
 from vllm.model_executor.layers.fused_moe.ops.front import front_triton
-from vllm.model_executor.layers.fused_moe.ops.int4 import fits_int4, moe_few_tokens_cuda
 from vllm.model_executor.layers.fused_moe.ops.weights import MoEWeights
 from vllm.model_executor.layers.ops.rms_norm import Unnormed
 from vllm.model_executor.layers.ops.skinny_gemm import (
@@ -135,16 +134,11 @@ def experts(step: Step) -> dict[str, dict[str, list[Call]]]:
             "folded": [partial(run, step.rows, w) for w in made],
         }
     if step.M <= 12:
-        few = _few(step, made[0], top_k)
         found["norm, experts"] = {
-            "apart": [lambda w=w: few(step.add_norm(), w, top_k) for w in made],
-            "folded": [lambda w=w: few(step.rows, w, top_k, step.residual) for w in made],
+            "apart": [lambda w=w: moe_few_tokens(step.add_norm(), w, top_k) for w in made],
+            "folded": [lambda w=w: moe_few_tokens(step.rows, w, top_k, step.residual) for w in made],
         }
     return found
-
-
-def _few(step: Step, w: MoEWeights, top_k: int):
-    return moe_few_tokens_cuda if fits_int4(step.residual, w, top_k) else moe_few_tokens
 
 
 def main() -> None:

@@ -62,16 +62,12 @@ def ways(tokens: int, dense: bool) -> dict[str, ExpertsPlan | None]:
     found: dict[str, ExpertsPlan | None] = {"auto": None, "auto_again": None}
     if tokens <= 16:
         found["few"] = ExpertsPlan("few")
-        if not dense:
-            found["few_csrc"] = ExpertsPlan("few", csrc=True)
     if tokens > 1:
         found |= {
             f"tiles_{block}": ExpertsPlan("tiles", block)
             for block in (16, 32, 64, 128)
             if block <= max(16, tokens // 2)
         }
-    if not dense and 1 < tokens <= 1024:
-        found["tiles_8_csrc"] = ExpertsPlan("tiles", 8, csrc=True)
     if dense or tokens >= 256:
         found["grouped"] = ExpertsPlan("grouped")
     return found

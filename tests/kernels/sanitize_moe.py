@@ -6,10 +6,8 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitc
 import torch
 
 from tests.kernels.experts import FORMS, layer
-from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.ops.few_tokens import moe_few_tokens_triton
 from vllm.model_executor.layers.fused_moe.ops.grouped import by_planes_triton, combine_triton, experts_triton
-from vllm.model_executor.layers.fused_moe.ops.int4 import BLOCK, experts_cuda, moe_few_tokens_cuda
 from vllm.model_executor.layers.fused_moe.ops.route import route_triton
 from vllm.model_executor.layers.ops.rms_norm import Unnormed
 
@@ -38,26 +36,11 @@ def many(form: str) -> None:
         combine_triton(y, routed.shares, x.clone(), logits[:, E:], x)
 
 
-def int4(form: str) -> None:
-    """csrc's kernels."""
-    for T in (1, 3):
-        x = torch.randn(T, D, device="cuda").bfloat16()
-        for shared in (S, 0):
-            moe_few_tokens_cuda(x, layer(E, D, I, shared, form, x.dtype, "cuda"), TOP_K)
-            moe_few_tokens_cuda(x, layer(E, D, I, shared, form, x.dtype, "cuda"), TOP_K, x)
-    weights = layer(E, D, I, 0, form, torch.bfloat16, "cuda")
-    for T in (1, 20):
-        x, logits = torch.randn(T, D, device="cuda").bfloat16(), torch.randn(T, E, device="cuda")
-        experts_cuda(x, route_triton(logits, E, TOP_K, BLOCK), weights.w13, weights.w2)
-
-
 def main() -> None:
     torch.manual_seed(0)
     for form in FORMS:
         few(form)
         many(form)
-        if form in ("int4", "int4 zero", "int4 128") and ops.available("cuda"):
-            int4(form)
         torch.cuda.synchronize()
     print("all expert kernels launched")
 

@@ -91,10 +91,6 @@ def test_plan_is_a_pure_function_of_the_problem():
     assert plan_experts(1024, 8, 256, **ours) == ExpertsPlan("tiles", 32)
     assert plan_experts(8192, 8, 256, **ours) == ExpertsPlan("tiles", 64)
     assert plan_experts(8192, 8, 256, **ours | {"dense_is_free": False}) == ExpertsPlan("tiles", 32)
-    int4 = ours | {"int4": True, "dense_is_free": False}
-    assert plan_experts(12, 8, 256, **int4) == ExpertsPlan("few", csrc=True)
-    assert plan_experts(13, 8, 256, **int4) == plan_experts(127, 8, 256, **int4) == ExpertsPlan("tiles", 8, csrc=True)
-    assert plan_experts(128, 8, 256, **int4) == ExpertsPlan("tiles", 16)
     assert plan_experts(16, 8, 256, **ours | {"tiles": False}).way == "few"
     assert plan_experts(17, 8, 256, **ours | {"tiles": False}).way == "grouped"
     assert plan_experts(0, 8, 256, **ours).way == "grouped"

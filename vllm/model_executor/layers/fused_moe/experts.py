@@ -1,7 +1,7 @@
 """y_s = down_e(silu(gate_e x) * up_e x) for every choice s = (token, expert e): the ways to the same numbers.
 
-    few      kernels that stream each choice's packed weights, router and shared expert included (ops/few_tokens.py, ops/int4.py)
-    tiles    kernels over blocks of one expert's choices, weights as they are stored (ops/route.py, ops/grouped.py, ops/int4.py)
+    few      kernels that stream each choice's packed weights, router and shared expert included (ops/few_tokens.py)
+    tiles    kernels over blocks of one expert's choices, weights as they are stored (ops/route.py, ops/grouped.py)
     loop     expert by expert, those that have tokens: cheap and exact, but it asks the device which they are. For the CPU.
     grouped  tokens sorted by expert, then torch's grouped matrix product. CUDA devices with a grouped kernel.
     blocks   tokens sorted by expert into blocks of one expert each, then a batched product with each block's own copy of its
@@ -20,16 +20,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from vllm.model_executor.layers.fused_moe.ops.int4 import BLOCK as INT4_BLOCK
-
 WeightsOf = Callable[[torch.Tensor | slice], torch.Tensor]
 """Experts [n] (or a run of n) -> their dense matrices [n, rows, columns]."""
 
 FEW_TOKENS, MOST_FEW_TOKENS = 12, 16
 """Tokens up to which each choice reads its expert's weights for itself; the second where nothing else reads them as they are stored."""
-
-INT4_CHOICES = 4
-"""Choices an expert, on average, up to which csrc's int4 kernels take blocks of them: they read an expert once for 8 choices."""
 
 MAX_BYTES = 256 << 20
 """Bound on copies of expert matrices that `blocks` holds at once."""
@@ -37,12 +32,10 @@ MAX_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class ExpertsPlan:
-    """How one batch is computed. `block` is the number of choices in a block, for `blocks` and `tiles`; csrc: `few` and `tiles` take the
-    kernels of ops/int4.py."""
+    """How one batch is computed. `block` is the number of choices in a block, for `blocks` and `tiles`."""
 
     way: str
     block: int = 0
-    csrc: bool = False
 
 
 def plan_experts(
@@ -53,15 +46,13 @@ def plan_experts(
     device: str,
     kernels: bool,
     tiles: bool,
-    int4: bool = False,
     grouped_matmul: bool,
     dense_is_free: bool,
 ) -> ExpertsPlan:
     """Choose a way for one batch.
 
     Args:
-        kernels: whether the kernels in `ops` take the activations and weights; `tiles`, whether the grouped ones do too;
-            `int4`, whether csrc's do.
+        kernels: whether the kernels in `ops` take the activations and weights; `tiles`, whether the grouped ones do too.
         grouped_matmul: whether `has_grouped_matmul` says so for this device, dtype and size.
         dense_is_free: the weights are dense already; otherwise `grouped` has to dequantise every expert of the layer first, which
             few choices do not repay.
@@ -70,11 +61,9 @@ def plan_experts(
     if device == "cpu":
         return ExpertsPlan("loop")
     if kernels and 0 < tokens <= (FEW_TOKENS if tiles else MOST_FEW_TOKENS):
-        return ExpertsPlan("few", csrc=int4)
+        return ExpertsPlan("few")
     if kernels and tiles and tokens:
         per_expert = choices // num_experts
-        if int4 and per_expert < INT4_CHOICES:
-            return ExpertsPlan("tiles", INT4_BLOCK, csrc=True)
         return ExpertsPlan("tiles", 16 if per_expert < 16 else 64 if dense_is_free and per_expert >= 64 else 32)
     if grouped_matmul and (dense_is_free or choices > num_experts // 2):
         return ExpertsPlan("grouped")

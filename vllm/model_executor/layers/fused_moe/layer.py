@@ -27,7 +27,6 @@ from vllm.model_executor.layers.fused_moe.ops.grouped import (
     experts_triton,
     fits_grouped,
 )
-from vllm.model_executor.layers.fused_moe.ops.int4 import experts_cuda, fits_int4, moe_few_tokens_cuda
 from vllm.model_executor.layers.fused_moe.ops.route import route
 from vllm.model_executor.layers.fused_moe.ops.weights import PLANES, MoEWeights, fits
 from vllm.model_executor.layers.fused_moe.router import topk_softmax
@@ -149,21 +148,20 @@ class FusedMoE(nn.Module):
             device=rows.device.type,
             kernels=weights is not None and fits(rows, weights),
             tiles=weights is not None and fits_grouped(weights.w13, weights.w2),
-            int4=weights is not None and fits_int4(rows, weights, self.top_k),
             grouped_matmul=has_grouped_matmul(rows.device, rows.dtype, self.hidden_size, self.share),
             dense_is_free=self.scheme13.all_is_view and self.scheme2.all_is_view,
         )
         if add_to is not None and (self.group.size > 1 or plan.way not in ("few", "tiles") or rows.shape[0] > PIECE):
             return plus(add_to, self.forward(x, router, shared))
         if plan.way == "few":
-            y = (moe_few_tokens_cuda if plan.csrc else moe_few_tokens)(x, weights, self.top_k, add_to)
+            y = moe_few_tokens(x, weights, self.top_k, add_to)
             return y if y is None else tensor_model_parallel_all_reduce(y)
         if plan.way == "tiles" and rows.shape[0] <= PIECE:
-            y = self._tiles(x, weights, router, shared, plan, add_to)
+            y = self._tiles(x, weights, router, shared, plan.block, add_to)
             return y if y is None else tensor_model_parallel_all_reduce(y)
         x = normed(x)
         if plan.way == "tiles":
-            pieces = [self._tiles(piece, weights, router, shared, plan) for piece in x.split(PIECE)]
+            pieces = [self._tiles(piece, weights, router, shared, plan.block) for piece in x.split(PIECE)]
             return tensor_model_parallel_all_reduce(torch.cat(pieces))
         chances, experts = topk_softmax(router(x), self.top_k)
         y = tensor_model_parallel_all_reduce(combine(self._choices(x, experts, plan), chances))
@@ -185,11 +183,11 @@ class FusedMoE(nn.Module):
         weights: MoEWeights,
         router: Linear,
         shared: SharedExpert | None,
-        plan: ExpertsPlan,
+        block: int,
         add_to: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """x [T, D] -> this rank's part of [T, D], in blocks of one expert's choices."""
-        T, kind = x.shape[0], "plain" if plan.csrc else weights.w13.kind  # csrc's kernels read x as it is
+        T, kind = x.shape[0], weights.w13.kind
         extra = None
         if T <= FRONT_TOKENS and prefers_rows(T, weights):
             logits, hs, xp = front_triton(x, weights, hs_planes=1, xp_planes=PLANES[kind])
@@ -200,8 +198,8 @@ class FusedMoE(nn.Module):
             logits, xp = router(x), by_planes_triton(x.contiguous(), kind)
             if shared is not None:
                 extra = shared.down(shared.mlp.act(shared.mlp.gate_up_proj(x))), shared.gate(x)
-        routed = route(logits, self.num_experts, self.top_k, plan.block)
-        y = (experts_cuda if plan.csrc else experts_triton)(xp, routed, weights.w13, weights.w2)
+        routed = route(logits, self.num_experts, self.top_k, block)
+        y = experts_triton(xp, routed, weights.w13, weights.w2)
         return combine_triton(y, routed.shares, *(extra or (None, None)), add_to)
 
     def _choices(self, x: torch.Tensor, experts: torch.Tensor, plan: ExpertsPlan) -> torch.Tensor:
