@@ -33,6 +33,13 @@ __device__ inline unsigned mask_or(unsigned x, unsigned mask, unsigned bits) {
   return y;
 }
 
+// The same of what x has not.
+__device__ inline unsigned mask_not_or(unsigned x, unsigned mask, unsigned bits) {
+  unsigned y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xAE;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
+}
+
 // Two bfloat16 at once.
 __device__ inline unsigned sub2(unsigned a, unsigned b) {
   unsigned c;
@@ -61,8 +68,8 @@ __device__ inline void unmade(unsigned& x) { asm volatile("" : "+r"(x)); }
 // Fetches a line of global memory towards the chip. Nobody has to wait for it.
 __device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Copies of a thread's own to shared memory, which go on while it does other things: 4, 8 or 16 bytes, at multiples of as
-// many. They come in groups; the other threads that read what came have to meet this one after its wait.
+// Copies of a thread's own to shared memory, which go on while it does other things: 4, 8 or 16 bytes, at multiples of
+// as many. They come in groups; the other threads that read what came have to meet this one after its wait.
 template <int kBytes>
 __device__ inline void copy_async(unsigned to, const void* from) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "");
