@@ -132,15 +132,6 @@ __device__ inline void bulk_copy(unsigned to, const void* from, int bytes, unsig
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
 }
-// d = a b + c for 16 x 16 and 16 x 8.
-template <typename T>
-__device__ inline void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1,
-                           float c0, float c1, float c2, float c3) {
-  static_assert(std::is_same_v<T, __nv_bfloat16>, "");
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c0), "f"(c1), "f"(c2), "f"(c3));
-}
 template <typename T>
 __device__ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                            unsigned b1) {

@@ -206,7 +206,6 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
 }
 inline int __float_as_int(float x) { return from_bits<int>(to_bits(x)); }
 inline float __uint_as_float(unsigned x) { return from_bits<float>(x); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
@@ -338,13 +337,6 @@ void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsi
     }
     c[j] = float(sum);
   }
-}
-
-template <typename T>
-void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, float c0,
-         float c1, float c2, float c3) {
-  d[0] = c0, d[1] = c1, d[2] = c2, d[3] = c3;
-  mma<T>(d, a0, a1, a2, a3, b0, b1);
 }
 
 }  // namespace vllm
