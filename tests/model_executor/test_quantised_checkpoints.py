@@ -1,6 +1,7 @@
 """Whole checkpoints in every format, written by independent code, against the plain checkpoints that they stand for."""
 
 import contextlib
+import json
 import re
 
 import pytest
@@ -241,18 +242,27 @@ def widen_scales(folder):
     return folder
 
 
+def choose_every_expert(folder):
+    """Where a rounding sends a token to another expert, all that follows differs, however exact the products are."""
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_experts_per_tok"] = config["text_config"]["num_experts"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMATS)
 def test_gpu_quantised_is_its_plain_self(sources, tmp_path, form):
     """Few tokens (kernels that read the format) and many on the device, as near to the exact logits as bfloat16 weights come."""
-    quantised, plain = twins(sources["moe"], tmp_path, form)
+    folders = twins(sources["moe"], tmp_path, form)
     cuts = (70, *range(72, 80))
 
     def run(folder, *how):
         driver = Driver(load(folder, *how, gdn_in_proj="serial"))
         return driver.prefill(driver.add(TOKENS), cuts).cpu().float()
 
-    got = [run(folder, torch.bfloat16, "cuda") for folder in (quantised, plain)]
-    exact = run(widen_scales(quantised), torch.float32, "cpu")
+    for folder in folders:
+        choose_every_expert(folder)
+    got = [run(folder, torch.bfloat16, "cuda") for folder in folders]
+    exact = run(widen_scales(folders[0]), torch.float32, "cpu")
     ours, dense = ((logits - exact).abs().mean(-1).median() for logits in got)
-    assert ours < 1.2 * dense and dense < 0.05, f"{ours:.4f} and {dense:.4f}"
+    assert ours < 1.2 * dense and dense < 0.02, f"{ours:.4f} and {dense:.4f}"
