@@ -268,8 +268,9 @@ def skinny_gemm_add(x: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) 
 def quantised_gemm(x: torch.Tensor, weight: KernelWeight) -> torch.Tensor | None:
     """``x @ Wᵀ`` with W dequantised in registers, or None where a dense copy of W has to be made.
 
-    W's elements are rounded to bfloat16 as in the dense copy (scales that bfloat16 does not hold are applied as two of them), and
-    sums are float32. The weight must not be written by the kernel right before this one in the stream.
+    Sums are float32. csrc/quantised_gemm.cu applies scales to them, exactly; the ring rounds W's elements to bfloat16 as in the dense
+    copy (scales that bfloat16 does not hold are applied as two of them). The weight must not be written by the kernel right before
+    this one in the stream.
 
     Args:
         x: bfloat16 ``[..., K]``. weight: any format but plain, as kernels read it.
