@@ -1,6 +1,6 @@
 """The core of one GDN layer over a prompt, 35B shape: convolution, gating, chunked delta rule and gated norm, stage by stage.
 
-    python -m benchmarks.kernels.gdn_prefill [--json result.json]
+    python -m benchmarks.kernels.gdn_prefill [--json result.json] [--lengths 4096,32768]
 
 Where the package flash-linear-attention is installed, its Triton kernels are timed beside ours on the same inputs, in the same run.
 Inside CUDA graphs, so that launches cost neither side anything.
@@ -28,7 +28,7 @@ except ImportError:
 
 HK, HV, K, V, TAPS = 16, 32, 128, 128, 4
 DIM = 2 * HK * K + HV * V
-LENGTHS = ([4096], [32768], [1024], [16384], [2048] * 16)
+LENGTHS = "4096,32768,1024,16384,16x2048"
 
 
 class Prompt:
@@ -165,9 +165,16 @@ def measure(lengths: list[int], bandwidth: float) -> dict:
     }
 
 
+def prompts(text: str) -> list[int]:
+    """Lengths of "4096", one prompt, or of "16x2048"."""
+    count, _, length = text.rpartition("x")
+    return [int(length)] * int(count or 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--lengths", default=LENGTHS, help="prompts of each call, default %(default)s")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device")
@@ -177,7 +184,7 @@ def main() -> None:
     names = ("ours", "ours_again", "fla", "conv", "gating", "chunk", "norm", "fla_conv", "fla_chunk", "fla_norm")
     print(f"{'prompts':>10} " + " ".join(f"{name:>10}" for name in names))
     rows = []
-    for lengths in LENGTHS:
+    for lengths in map(prompts, args.lengths.split(",")):
         row = measure(lengths, bandwidth["copy"])
         rows.append(row)
         cells = " ".join(f"{row.get(f'{name}_us', 0):10.1f}" for name in names)
