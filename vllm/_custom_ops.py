@@ -34,8 +34,6 @@ def _load(library: Path) -> str | None:
     torch.library.register_fake("vllm_c::gdn_decode", lambda *args, **kwargs: None)
     for name in ("skinny_gemm", "skinny_gemm_norm", "skinny_gemm_add", "quantised_gemm"):
         torch.library.register_fake(f"vllm_c::{name}", lambda *args: None)
-    for name in ("gate_up_token", "gate_up_blocks", "down_token", "down_blocks"):
-        torch.library.register_fake(f"vllm_c::experts_{name}", lambda *args: None)
     return None
 
 
@@ -46,7 +44,7 @@ def available(device: torch.device | str = "cuda") -> bool:
     reason = _load(_LIBRARY)
     if reason is not None:
         logger.info_once(
-            "CUDA kernels of csrc/ are not in use: %s. Residual add, RMSNorm, GDN decoding, small GEMMs and int4 experts run as other, slower kernels; "
+            "CUDA kernels of csrc/ are not in use: %s. Residual add, RMSNorm, GDN decoding and small GEMMs run as other, slower kernels; "
             "to build them, %s.",
             reason,
             _REBUILD,
