@@ -96,6 +96,26 @@ for name in ("rms_norm", "fused_add_rms_norm"):
     assert "vllm_c::fused_add_rms_norm(Tensor(a!) x, Tensor(b!) residual" in done.stdout
 
 
+def test_the_door_knows_what_is_behind_it(library):
+    """`_custom_ops` registers no form of an operator that is not there, which would end every start on a GPU, and calls none."""
+    script = f"""
+import ctypes, re, torch
+from pathlib import Path
+from vllm import _custom_ops
+dlopen = ctypes.CDLL(None).dlopen
+dlopen.restype, dlopen.argtypes = ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_int]
+assert dlopen({str(library)!r}.encode(), 1), "dlopen failed"  # RTLD_LAZY, as above
+torch.ops.load_library = lambda path: None
+assert _custom_ops._load(Path({str(library)!r})) is None
+called = set(re.findall(r"torch\\.ops\\.vllm_c\\.(\\w+)", Path(_custom_ops.__file__).read_text()))
+schemas = [s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("vllm_c::")]
+print(sorted(called), sorted(name.split("::")[1] for name in schemas))
+assert called == {{name.split("::")[1] for name in schemas}}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_missing_library_is_said_once(monkeypatch, caplog, tmp_path):
     from vllm import _custom_ops, logger
 

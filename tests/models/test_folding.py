@@ -10,7 +10,7 @@ from tests.models.driver import Driver
 from vllm import _custom_ops
 from vllm.config.checkpoint import load_hf_config, resolve_model
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers.folding import NOTHING, Folds
+from vllm.model_executor.layers.folding import INPUT_ROWS, NOTHING, POST_ROWS, Folds
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.mamba.gdn_linear_attn import IN_PROJ, GatedDeltaNet
 from vllm.model_executor.layers.ops.rms_norm import Unnormed, rms_norm_torch
@@ -155,7 +155,7 @@ def test_gpu(four_layers, prompt, folding, sequences):
     """Decode steps of the real widths by the kernels, folded and not, from the same states."""
     model = four_layers
     hidden = torch.zeros(sequences, 2048, dtype=torch.bfloat16, device="cuda")
-    chosen = Folds(input=sequences <= 8, post=sequences <= 2)
+    chosen = Folds(input=sequences <= INPUT_ROWS, post=sequences <= POST_ROWS)
     assert model.folds(hidden) == chosen and model.folds(hidden.float()) == model.folds(hidden.repeat(40, 1)) == NOTHING
     found = []
     for folds in (NOTHING, *FOLDS):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vllm.config.checkpoint import load_hf_config, resolve_model
+from vllm.model_executor.layers import folding
 from vllm.model_executor.layers.folding import INPUT_ROWS, NOTHING, POST_ROWS, Folds, Where, step_folds
 from vllm.model_executor.layers.fused_moe.experts import ExpertsFold
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
@@ -27,11 +28,17 @@ def folds(rows=1, dtype=torch.bfloat16, where=H200, in_proj="fused", parts=MODEL
 
 
 def test_few_rows_of_the_35b_fold():
-    """The post-attention norm of fewer rows than the input norm."""
-    both, input_only = Folds(input=True, post=True), Folds(input=True)
-    expected = {0: NOTHING, 1: both, 2: both, 3: input_only, 8: input_only, 9: NOTHING, 16: NOTHING, 4096: NOTHING}
+    """As many as were measured."""
+    both = Folds(input=True, post=True)
+    expected = {0: NOTHING, 1: both, 2: both, 3: NOTHING, 16: NOTHING, 4096: NOTHING}
     assert {rows: step_folds(rows, torch.bfloat16, H200, "fused", MODEL_35B) for rows in expected} == expected
-    assert (POST_ROWS, INPUT_ROWS) == (2, 8)
+    assert (POST_ROWS, INPUT_ROWS) == (2, 2)
+
+
+def test_each_norm_has_a_limit_of_its_own(monkeypatch):
+    monkeypatch.setattr(folding, "INPUT_ROWS", 8)
+    for rows, expected in ((2, Folds(True, True)), (3, Folds(input=True)), (8, Folds(input=True)), (9, NOTHING)):
+        assert step_folds(rows, torch.bfloat16, H200, "fused", MODEL_35B) == expected
 
 
 def test_what_a_step_needs():
