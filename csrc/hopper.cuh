@@ -33,6 +33,13 @@ __device__ inline unsigned mask_or(unsigned x, unsigned mask, unsigned bits) {
   return y;
 }
 
+// The same of what x has not.
+__device__ inline unsigned mask_not_or(unsigned x, unsigned mask, unsigned bits) {
+  unsigned y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xAE;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
+}
+
 // Two bfloat16 at once.
 __device__ inline unsigned sub2(unsigned a, unsigned b) {
   unsigned c;

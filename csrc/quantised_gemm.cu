@@ -116,6 +116,7 @@ void quantised_gemm(const Tensor out, const Tensor x, const Tensor weight, const
   STD_TORCH_CHECK(attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9,
                   "overlapping launches need sm_90 or newer");
   with_kind(p, format, plan, 2 * attribute(cudaDevAttrMultiProcessorCount, device),
+            attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
             [&](auto kind) { run<decltype(kind)>(out, x, p, ring); });
 }
 

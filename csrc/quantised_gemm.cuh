@@ -82,7 +82,7 @@ __device__ inline unsigned pair(unsigned word, int i) {
   } else if constexpr (kFormat == Format::kInt8) {
     // 128 + the low seven bits, less 256, or 128 where the high bit is set
     const unsigned bytes = word >> (8 * i);
-    return sub2(mask_or(bytes, 0x007f007fu, 0x43004300u), (bytes & 0x00800080u) ^ 0x43804380u);
+    return sub2(mask_or(bytes, 0x007f007fu, 0x43004300u), mask_not_or(bytes, 0x00800080u, 0x43004300u));
   } else {  // exponent and mantissa are bfloat16's but for the bias: 2^-120 of the number
     const unsigned bytes = word << (8 - 8 * i);
     return (bytes & 0x80008000u) | (bytes >> 4 & 0x07f007f0u);
@@ -94,13 +94,14 @@ __device__ inline unsigned pair(unsigned word, int i) {
 constexpr unsigned kLarger = 0x5f805f80u;  // 2^64, twice
 constexpr float kSumsLarger = float(int64_t{1} << 56);
 
-// A scale as it is stored, which need not be there yet, and what it says.
+// A scale as it is stored, of which the lowest bits count, and what it says.
 __device__ inline unsigned scale_bits(const unsigned char* scales, int index, int type) {
   if (type == 2) return reinterpret_cast<const unsigned*>(scales)[index];
   return reinterpret_cast<const unsigned short*>(scales)[index];
 }
 __device__ inline float scale_value(unsigned bits, int type) {
-  return type == 1 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(type == 2 ? bits : bits << 16);
+  return type == 1 ? __half2float(__ushort_as_half((unsigned short)bits))
+                   : __uint_as_float(type == 2 ? bits : bits << 16);
 }
 
 __device__ inline int scale_row(const Problem& p, int n) {
@@ -371,7 +372,10 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
 #pragma unroll 1
   for (int tile = first; tile < end; ++tile) {
     const int out_row = threadIdx.x % kRows, n = tile * kRows + out_row;  // of this thread's outputs
-    const unsigned row_scale = K::kRow ? scale_bits(p.scale + scale_row(p, n) * p.scale_row, 0, p.scale_type) : 0;
+    // The word in which the row's only scale is: one load, for which nobody waits before the tile's end.
+    const unsigned char* const only_scale = p.scale + scale_row(p, n) * p.scale_row;
+    const unsigned beyond = reinterpret_cast<uintptr_t>(only_scale) & 3;
+    const unsigned row_scale = K::kRow ? *reinterpret_cast<const unsigned*>(only_scale - beyond) : 0;
     int scale_low[2 * K::kTall] = {}, zero_low[2 * K::kTall] = {};  // bits of where the lane's rows of scales begin
     if constexpr (!K::kRow && K::kGroups == 1) {
 #pragma unroll
@@ -453,8 +457,8 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
       }
     }
     __syncthreads();
-    const float factor =
-        (K::kFormat == Format::kFp8 ? kSumsLarger : 1.f) * (K::kRow ? scale_value(row_scale, p.scale_type) : 1.f);
+    const float factor = (K::kFormat == Format::kFp8 ? kSumsLarger : 1.f) *
+                         (K::kRow ? scale_value(row_scale >> 8 * beyond, p.scale_type) : 1.f);
 #pragma unroll
     for (int i = 0; i < (K::kOut * kRows + kWarps * 32 - 1) / (kWarps * 32); ++i) {
       const int column = threadIdx.x / kRows + i * (kWarps * 32 / kRows);

@@ -36,16 +36,18 @@ inline Plan plan_scales(Problem& p, Format format, int64_t columns, int64_t grou
   return {p.scale_type == 0 ? Scaling::kShort : Scaling::kAny, share};
 }
 
-// Calls run with the kind of kernel for a problem and so many blocks.
+constexpr int kTallBytes = 144 << 10;  // shared memory enough for tall tiles and any rows of x
+
+// Calls run with the kind of kernel for a problem, so many blocks, and as many bytes of shared memory for each.
 template <typename Run>
-void with_kind(const Problem& p, Format format, Plan plan, int blocks, Run run) {
+void with_kind(const Problem& p, Format format, Plan plan, int blocks, int memory, Run run) {
   using std::integral_constant;
   // Every tile reads all of x again, be it flat or tall.
   const auto bytes = [&](int rows) {  // that pass through the busiest block
     const int64_t tiles = (p.N + rows - 1) / rows, x = int64_t{2} * p.M * p.row_bytes * elements(format) / 4;
     return (tiles + blocks - 1) / blocks * (int64_t{1} * rows * p.row_bytes + x);
   };
-  const bool tall = bytes(2 * kTile) < bytes(kTile);
+  const bool tall = memory >= kTallBytes && bytes(2 * kTile) < bytes(kTile);
   const auto of = [&](auto form, auto scaling, auto zero, auto share) {
     constexpr Format kFormat = decltype(form)::value;
     constexpr Scaling kScaling = decltype(scaling)::value;

@@ -242,6 +242,7 @@ inline unsigned mul2(unsigned a, unsigned b) {
   return both_halves(a, b, [](float x, float y) { return x * y; });
 }
 inline unsigned mask_or(unsigned x, unsigned mask, unsigned bits) { return (x & mask) | bits; }
+inline unsigned mask_not_or(unsigned x, unsigned mask, unsigned bits) { return (~x & mask) | bits; }
 inline void unmade(unsigned&) {}
 inline void prefetch(const void*) {}
 inline unsigned fma2(unsigned a, unsigned b, unsigned c) {
