@@ -7,7 +7,8 @@ steps with one chunk of one prompt (`PromptBatch`), if it is not too long; other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch import nn
@@ -178,13 +179,24 @@ class ModelRunner:
         Returns how many sizes of prompts' chunks, and of batches, have them.
         """
         self._prompt_sizes = self.prompt.sizes
-        for size in reversed(self._prompt_sizes):
-            self._capture(self.prompt, self._key("prompt", size), lambda size=size: self._graph_prompt(size))
-        for size in reversed(self._graph_sizes):
-            self._capture(self.decode, self._key("forward", size), lambda size=size: self._graph_forward(size))
-            sample = ("sample", size, self.batch.sampling.plan)
-            self._capture(self.decode, sample, lambda size=size: self._graph_sample(size))
+        for batch, key, run in self._graphs_at_start():
+            self._capture(batch, key, run)
         return len(self._prompt_sizes), len(self._graph_sizes)
+
+    @torch.inference_mode()
+    def rehearse_graphs(self, count: int | None = None) -> None:
+        """Run over rows of nobody what `capture_graphs` captures, or only the first `count` of it."""
+        for batch, key, run in islice(self._graphs_at_start(), count):
+            with batch.nobodys(key[1]):
+                run()
+
+    def _graphs_at_start(self) -> Iterator[tuple[DecodeBatch | PromptBatch, tuple, Callable[[], None]]]:
+        for size in reversed(self.prompt.sizes):
+            yield self.prompt, self._key("prompt", size), lambda size=size: self._graph_prompt(size)
+        for size in reversed(self._graph_sizes):
+            yield self.decode, self._key("forward", size), lambda size=size: self._graph_forward(size)
+            sample = ("sample", size, self.batch.sampling.plan)
+            yield self.decode, sample, lambda size=size: self._graph_sample(size)
 
     # Steps with one chunk of one prompt
 
