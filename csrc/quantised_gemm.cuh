@@ -5,7 +5,8 @@
 // columns that x has not. A step is 16 bytes of a row, a word for each lane of a quad; a chunk is four steps. Elements
 // become bfloat16 in registers, in the order in which that takes fewest instructions, and x is put into the same order.
 // A group's scale multiplies the sum over the group and not the elements; so does what int4 has too much (128 and the
-// zero point), times the sum of the group's x, which is one more product, with ones.
+// zero point), times the sum of the group's x, which is one more product, with ones. Only fp4's groups are as narrow as
+// half a step, of which a lane has but one: there the scale multiplies the elements, which bfloat16 holds exactly.
 //
 // A block walks over tiles of 16 or 32 rows, and each of its eight warps over an eighth of their columns. A warp has a
 // ring of stages of its own in shared memory: its lanes ask for a chunk of a tile, with the chunk's scales, as many
@@ -13,16 +14,15 @@
 // tile, where they add up what they have.
 #pragma once
 
-#include "hopper.cuh"
+#include "quantised_elements.cuh"
 
 namespace vllm {
 namespace quantised {
 
 using bf16 = __nv_bfloat16;
 
-enum class Format : int { kInt4, kInt8, kFp8 };
-
-// The scales of groups: bfloat16, of a type known when the kernel runs, or not there since a row has but one.
+// The scales of groups: bfloat16, of a type known when the kernel runs, or not there since a row has but one. A step of
+// fp4 has two of one byte, which are copied as a bfloat16 is.
 enum class Scaling : int { kShort, kAny, kRow };
 
 constexpr int kTile = 16;             // rows of W in a product
@@ -39,6 +39,7 @@ struct Problem {
   int late;              // chunks a warp has still to ask for when the next kernel may start
   int64_t x_row, y_row;  // elements
   const unsigned char *w, *scale, *zero;
+  const float* row_scale;              // of fp4, a further factor of each row; or null
   int64_t w_row, scale_row, zero_row;  // bytes
   int scale_rows;                      // rows of W that share a scale
   int scale_type;                      // 0: bfloat16, 1: float16, 2: float32
@@ -48,8 +49,6 @@ struct Problem {
   int inverse_shift;
 };
 
-__host__ __device__ constexpr int elements(Format format) { return format == Format::kInt4 ? 8 : 4; }  // of a word
-
 // Which kernel. share: steps that share a scale, 4 for a chunk or more. wide: eights of x's rows. tall: sixteens of
 // W's rows in a tile. keep: chunks of x that a warp keeps in registers, all that it ever needs; 0: it reads them again
 // for each tile.
@@ -57,7 +56,8 @@ template <Format kForm, Scaling kScales, bool kHasZero, int kShared, int kEights
 struct Kind {
   static constexpr Format kFormat = kForm;
   static constexpr Scaling kScaling = kScales;
-  static constexpr bool kZero = kHasZero, kRow = kScales == Scaling::kRow;
+  static constexpr bool kZero = kHasZero, kRow = kScales == Scaling::kRow, kFp4 = kForm == Format::kFp4;
+  static constexpr bool kOneSum = kRow || kFp4;  // of all of a row's products, whatever its groups
   static constexpr int kShare = kShared, kWide = kEights, kTall = kSixteens, kKeep = kKept;
   static constexpr int kRows = kTile * kTall, kOut = kColumns * kWide, kGroups = 4 / kShare;  // of a tile; of a chunk
   // Bytes of a stage that a row's scales and zero points take: those of a chunk, or the word in which its only one is.
@@ -73,26 +73,6 @@ struct Kind {
 };
 
 #if __CUDA_ARCH__ >= 900
-
-// Pair i of a word: int4 (0,4) (1,5) (2,6) (3,7), 128 too large; 8 bits (0,2) (1,3).
-template <Format kFormat>
-__device__ inline unsigned pair(unsigned word, int i) {
-  if constexpr (kFormat == Format::kInt4) {
-    return mask_or(word >> (4 * i), 0x000f000fu, 0x43004300u);
-  } else if constexpr (kFormat == Format::kInt8) {
-    // 128 + the low seven bits, less 256, or 128 where the high bit is set
-    const unsigned bytes = word >> (8 * i);
-    return sub2(mask_or(bytes, 0x007f007fu, 0x43004300u), mask_not_or(bytes, 0x00800080u, 0x43004300u));
-  } else {  // exponent and mantissa are bfloat16's but for the bias: 2^-120 of the number
-    const unsigned bytes = word << (8 - 8 * i);
-    return (bytes & 0x80008000u) | (bytes >> 4 & 0x07f007f0u);
-  }
-}
-
-// What is missing from fp8 elements, which no bfloat16 has room for beside all of x: x is made as much larger as leaves
-// products and sums ordinary floats, and sums the rest.
-constexpr unsigned kLarger = 0x5f805f80u;  // 2^64, twice
-constexpr float kSumsLarger = float(int64_t{1} << 56);
 
 // A scale as it is stored, of which the lowest bits count, and what it says.
 __device__ inline unsigned scale_bits(const unsigned char* scales, int index, int type) {
@@ -125,7 +105,7 @@ struct Raw {
 #pragma unroll
     for (int step = first; step < first + kSpan; ++step) {
       const bf16* const from = x + (chunk * 4 + step) * (4 * elements(K::kFormat));
-      if constexpr (K::kFormat == Format::kInt4) {
+      if constexpr (kWords == 4) {
         const uint4 v = *reinterpret_cast<const uint4*>(from);
         words[step][0] = v.x, words[step][1] = v.y, words[step][2] = v.z, words[step][3] = v.w;
       } else {
@@ -179,6 +159,7 @@ template <typename K>
 struct Scales {
   static constexpr int kGroups = K::kShare == 1 ? 2 : 1;
   float scale[2][kGroups], less[2][kGroups];  // less: what is to be taken from elements, negative
+  unsigned factor[2][2];                      // of fp4: 2^119 times the scales of the lane's half of steps, twice
 
   // scales, zeros: of the lane's first row in its slots; scale_at, zero_at: bytes further on in each row's.
   __device__ void read(const unsigned char* scales, const unsigned char* zeros, const int (&scale_at)[2],
@@ -186,7 +167,11 @@ struct Scales {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const unsigned char* const from = scales + half * 8 * K::kScaleSlot + scale_at[half];
-      if constexpr (K::kScaling == Scaling::kShort && kGroups == 2) {
+      if constexpr (K::kFp4) {
+        const unsigned two = pair<Format::kFp8>(*reinterpret_cast<const unsigned*>(from), threadIdx.x / 2 % 2);
+        const unsigned large = mul2(mul2(two, 0x7f007f00u), 0x77807780u);  // 2^127 and 2^112
+        factor[half][0] = low_twice(large), factor[half][1] = high_twice(large);
+      } else if constexpr (K::kScaling == Scaling::kShort && kGroups == 2) {
         const unsigned two = *reinterpret_cast<const unsigned*>(from);
         scale[half][0] = __uint_as_float(two << 16), scale[half][1] = __uint_as_float(two & 0xffff0000u);
       } else {
@@ -214,7 +199,7 @@ __device__ inline void multiply(float (&acc)[K::kWide][4], float (&c)[K::kWide][
                                 const Part<K> (&x)[K::kWide], const Scales<K>& s, int step) {
   constexpr Format kFormat = K::kFormat;
   const int own = step % 2 * (Scales<K>::kGroups - 1);  // of s
-  if (!K::kRow && step % K::kShare == 0) {
+  if (!K::kOneSum && step % K::kShare == 0) {
 #pragma unroll
     for (int j = 0; j < K::kWide; ++j) {
 #pragma unroll
@@ -226,14 +211,18 @@ __device__ inline void multiply(float (&acc)[K::kWide][4], float (&c)[K::kWide][
   }
 #pragma unroll
   for (int i = 0; i < elements(kFormat) / 2; i += 2) {
-    const unsigned a[4] = {pair<kFormat>(low, i), pair<kFormat>(high, i), pair<kFormat>(low, i + 1),
-                           pair<kFormat>(high, i + 1)};
+    unsigned a[4] = {pair<kFormat>(low, i), pair<kFormat>(high, i), pair<kFormat>(low, i + 1),
+                     pair<kFormat>(high, i + 1)};
+    if constexpr (K::kFp4) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) a[j] = mul2(a[j], s.factor[j % 2][own]);
+    }
 #pragma unroll
     for (int j = 0; j < K::kWide; ++j) {
-      mma<bf16>(K::kRow ? acc[j] : c[j], a[0], a[1], a[2], a[3], x[j].pairs[step][i], x[j].pairs[step][i + 1]);
+      mma<bf16>(K::kOneSum ? acc[j] : c[j], a[0], a[1], a[2], a[3], x[j].pairs[step][i], x[j].pairs[step][i + 1]);
     }
   }
-  if (!K::kRow && step % K::kShare == K::kShare - 1) {
+  if (!K::kOneSum && step % K::kShare == K::kShare - 1) {
 #pragma unroll
     for (int j = 0; j < K::kWide; ++j) {
 #pragma unroll
@@ -376,6 +365,8 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
     const unsigned char* const only_scale = p.scale + scale_row(p, n) * p.scale_row;
     const unsigned beyond = reinterpret_cast<uintptr_t>(only_scale) & 3;
     const unsigned row_scale = K::kRow ? *reinterpret_cast<const unsigned*>(only_scale - beyond) : 0;
+    float further = sums_larger(K::kFormat);  // factor of the sums
+    if (K::kFp4 && p.row_scale != nullptr) further *= p.row_scale[min(n, p.N - 1)];
     int scale_low[2 * K::kTall] = {}, zero_low[2 * K::kTall] = {};  // bits of where the lane's rows of scales begin
     if constexpr (!K::kRow && K::kGroups == 1) {
 #pragma unroll
@@ -457,8 +448,7 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
       }
     }
     __syncthreads();
-    const float factor = (K::kFormat == Format::kFp8 ? kSumsLarger : 1.f) *
-                         (K::kRow ? scale_value(row_scale >> 8 * beyond, p.scale_type) : 1.f);
+    const float factor = further * (K::kRow ? scale_value(row_scale >> 8 * beyond, p.scale_type) : 1.f);
 #pragma unroll
     for (int i = 0; i < (K::kOut * kRows + kWarps * 32 - 1) / (kWarps * 32); ++i) {
       const int column = threadIdx.x / kRows + i * (kWarps * 32 / kRows);

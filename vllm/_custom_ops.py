@@ -167,12 +167,13 @@ def quantised_gemm(
     weight: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
     kind: str,
     group: int,
     scale_rows: int,
     ring: int,
     late: int,
 ) -> None:
-    """out [M, N] = x [M, K] @ Wᵀ for up to 32 rows of bfloat16 x and int4, int8 or fp8 weights; the rest as in `skinny_gemm`."""
-    bits = 4 if kind == "int4" else 8
-    torch.ops.vllm_c.quantised_gemm(out, x, weight, scale, zero, bits, group, scale_rows, ring, late)
+    """out [M, N] = x [M, K] @ Wᵀ for up to 32 rows of bfloat16 x and quantised weights; the rest as in `skinny_gemm`."""
+    bits = 4 if kind in ("int4", "fp4") else 8
+    torch.ops.vllm_c.quantised_gemm(out, x, weight, scale, zero, row_scale, bits, group, scale_rows, ring, late)

@@ -243,6 +243,9 @@ inline unsigned mul2(unsigned a, unsigned b) {
 }
 inline unsigned mask_or(unsigned x, unsigned mask, unsigned bits) { return (x & mask) | bits; }
 inline unsigned mask_not_or(unsigned x, unsigned mask, unsigned bits) { return (~x & mask) | bits; }
+inline unsigned low_twice(unsigned x) { return (x & 0xffff) * 0x10001; }
+inline unsigned high_twice(unsigned x) { return (x >> 16) * 0x10001; }
+inline unsigned choose_bits(unsigned mask, unsigned a, unsigned b) { return (a & mask) | (b & ~mask); }
 inline void unmade(unsigned&) {}
 inline void prefetch(const void*) {}
 inline unsigned fma2(unsigned a, unsigned b, unsigned c) {
