@@ -3,7 +3,7 @@
     python -m benchmarks.kernels.skinny_gemm [--json result.json] [--table vllm/assets/skinny_gemm.json] [--git HASH]
 
 Weights are cold: calls rotate over more of them than the cache holds. Graphs hold calls only, back to back, as a chain of layers would.
-The table holds the fastest plan of every shape and number of rows; --table rewrites this GPU's part of it.
+The table holds the fastest plan of every shape and number of rows, the ring where it is among the fastest; --table rewrites this GPU's part of it.
 """
 
 import argparse
@@ -51,6 +51,7 @@ QUANTISED_SHAPES = (
 )
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 CSRC = ("ring", "quantised")
+ALIKE = 1.02
 COLD = 160_000_000  # bytes that leave nothing of themselves in the cache
 RINGS = {
     "ring": [(110, 0), (110, 99), (220, 99)],
@@ -120,6 +121,13 @@ def name(plan: Plan) -> str:
     return f"{plan.form}/{plan.ring}/{plan.late}" if plan.form in CSRC else plan.form
 
 
+def chosen(times: dict[Plan, float]) -> Plan:
+    """The fastest, or the ring where it is as fast but for what two runs differ by: it can take a norm and an add in."""
+    fastest = min(times, key=times.get)
+    ring = min((plan for plan in times if plan.form == "ring"), key=times.get, default=fastest)
+    return ring if times[ring] < ALIKE * times[fastest] else fastest
+
+
 def measure(label: str, kind: str, bandwidth: float, report: Callable[[dict], None]) -> dict[str, dict]:
     """All rows' rows of one shape; returns its part of the table."""
     N, K = SHAPES[label]
@@ -144,9 +152,10 @@ def measure(label: str, kind: str, bandwidth: float, report: Callable[[dict], No
         times = interleaved_us(chains, rounds=9)
         best = min(candidates, key=lambda p: times[name(p)])
         if M <= MAX_ROWS:
+            plan = chosen({p: times[name(p)] for p in candidates}) if kind == "plain" else best
             rest = [p for p in candidates if p.form not in CSRC] or [DENSE]
-            otherwise = {"otherwise": min(rest, key=lambda p: times.get(name(p), 0.0)).form} if best not in rest else {}
-            table[str(M)] = (asdict(best) if best.form in CSRC else {"form": best.form}) | otherwise
+            otherwise = {"otherwise": min(rest, key=lambda p: times.get(name(p), 0.0)).form} if plan not in rest else {}
+            table[str(M)] = (asdict(plan) if plan.form in CSRC else {"form": plan.form}) | otherwise
         moved = size + (N + K) * M * 2
         us = times[name(best)]
         row = {"layer": label, "kind": kind, "shape": [N, K], "rows": M, "best": name(best), "us": us}

@@ -218,6 +218,15 @@ def need_csrc() -> None:
         pytest.skip("needs csrc/ and a GPU with a copy engine")
 
 
+def test_the_ring_is_chosen_where_it_is_as_fast():
+    from benchmarks.kernels.skinny_gemm import chosen
+
+    ring, wide, vector = Plan("ring", 110, 0), Plan("ring", 220, 99), Plan("vector")
+    assert chosen({vector: 5.60, ring: 6.0, wide: 5.63}) == wide
+    assert chosen({vector: 5.60, ring: 5.9}) == vector and chosen({vector: 1.0}) == vector
+    assert chosen({vector: 6.0, ring: 5.0, Plan("quantised"): 4.0}) == Plan("quantised")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("K", [512, 2048, 4096])
