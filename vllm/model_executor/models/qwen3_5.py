@@ -130,11 +130,15 @@ class DecoderLayer(nn.Module):
             folds: norms that are left to what is behind them (`layers/folding.py`); what is in front adds to the residual by itself.
         """
         hidden, residual = self.input_layernorm(hidden, residual)
-        add_to = residual if folds.post else None
-        hidden = self.linear_attn(hidden, add_to) if self.is_gdn else self.self_attn(hidden, cos_sin, add_to)
+        hidden = self.mix(hidden, cos_sin, residual if folds.post else None)
         hidden, residual = self.post_attention_layernorm(hidden, residual)
-        add_to = residual if folds.input else None
-        return self.mlp(hidden, add_to), residual
+        return self.mlp(hidden, residual if folds.input else None), residual
+
+    def mix(
+        self, x: torch.Tensor | Unnormed, cos_sin: torch.Tensor, add_to: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What the mixer makes of x [T, D]; None where it is added to `add_to`."""
+        return self.linear_attn(x, add_to) if self.is_gdn else self.self_attn(x, cos_sin, add_to)
 
     def parts(self) -> Iterator[Part]:
         """What stands between residual and residual."""
