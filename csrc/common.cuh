@@ -42,6 +42,16 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t strea
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(std::forward<Args>(args))...));
 }
 
+// A matrix on the device of `like`, whose rows are contiguous and begin at multiples of so many bytes.
+inline void check_rows(const Tensor& t, const char* name, int64_t alignment, const Tensor& like) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.is_cuda() && t.get_device_index() == like.get_device_index() &&
+                      (t.size(1) <= 1 || t.stride(1) == 1),
+                  name, " must be a matrix of contiguous rows on the device of x");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % alignment == 0 &&
+                      (t.size(0) == 1 || t.stride(0) * t.element_size() % alignment == 0),
+                  "rows of ", name, " must begin at multiples of ", alignment, " bytes");
+}
+
 inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace vllm

@@ -46,15 +46,6 @@ void run(const Tensor& out, const Tensor& x, Problem p, int64_t ring) {
                                     static_cast<const bf16*>(x.data_ptr()), p));
 }
 
-void check_rows(const Tensor& t, const char* name, int64_t alignment, const Tensor& like) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.is_cuda() && t.get_device_index() == like.get_device_index() &&
-                      (t.size(1) <= 1 || t.stride(1) == 1),
-                  name, " must be a matrix of contiguous rows on the device of x");
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % alignment == 0 &&
-                      (t.size(0) == 1 || t.stride(0) * t.element_size() % alignment == 0),
-                  "rows of ", name, " must begin at multiples of ", alignment, " bytes");
-}
-
 int scale_type(const Tensor& scale, Format format) {
   const ScalarType type = scale.scalar_type();
   if (format == Format::kFp4) {

@@ -192,27 +192,14 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   const int lane = emulated::block->thread % 32;
   return from_bits<T>(emulated::exchange({to_bits(value)})[(lane ^ mask) * 8]);
 }
-inline int __reduce_max_sync(unsigned, int value) {
-  const uint64_t* const all = emulated::exchange({to_bits(value)});
-  int most = INT32_MIN;
-  for (int i = 0; i < 32; ++i) most = std::max(most, from_bits<int>(all[i * 8]));
-  return most;
-}
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const uint64_t both = uint64_t(b) << 32 | a;
   unsigned result = 0;
   for (int i = 0; i < 4; ++i) result |= unsigned(both >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
   return result;
 }
-inline int __float_as_int(float x) { return from_bits<int>(to_bits(x)); }
 inline float __uint_as_float(unsigned x) { return from_bits<float>(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
-inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
-template <typename T>
-T __ldcg(const T* p) {
-  return *p;
-}
 using std::max;
 using std::min;
 

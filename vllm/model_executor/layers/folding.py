@@ -23,8 +23,8 @@ from vllm.model_executor.layers.ops.skinny_gemm import csrc_gpu
 INPUT_ROWS, POST_ROWS = 8, 2
 """Most rows for which a step folds each layer's input norm, and the one behind its mixer: where whole steps were measured to be faster on an H200.
 
-The pieces (benchmarks/kernels/folding.py) speak for up to 8 rows of input norms alone, of which no step has been measured: the input projections have room for
-a norm, while output projections take longer to add, and the experts' front to normalise more rows.
+The pieces (benchmarks/results/folding_h200.json) speak for up to 8 rows of input norms alone, of which no step has been measured: the input projections have room
+for a norm, while output projections take longer to add.
 """
 
 
