@@ -98,7 +98,8 @@ struct Part {
   unsigned pairs[4][kPairs];
   float sums[K::kGroups][kSums];  // over all lanes, of columns 2 * (lane % 4) and the next
 
-  // factor: of the sums, in all of a product's operand.
+  // factor: of the sums, in all of a product's operand. kOrdered: x has come in the order of the pairs.
+  template <bool kOrdered = false>
   __device__ void prepare(const Raw<K>& x, int first, const unsigned (&factor)[4]) {
     float c[4] = {};
 #pragma unroll
@@ -106,8 +107,8 @@ struct Part {
       const unsigned (&v)[kPairs] = x.words[step];
 #pragma unroll
       for (int i = 0; i < kPairs / 2; ++i) {
-        pairs[step][2 * i] = __byte_perm(v[i], v[i + kPairs / 2], 0x5410);
-        pairs[step][2 * i + 1] = __byte_perm(v[i], v[i + kPairs / 2], 0x7632);
+        pairs[step][2 * i] = kOrdered ? v[2 * i] : __byte_perm(v[i], v[i + kPairs / 2], 0x5410);
+        pairs[step][2 * i + 1] = kOrdered ? v[2 * i + 1] : __byte_perm(v[i], v[i + kPairs / 2], 0x7632);
       }
       if constexpr (K::kFormat == Format::kFp8) {
 #pragma unroll

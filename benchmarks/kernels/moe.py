@@ -62,6 +62,8 @@ def ways(tokens: int, dense: bool) -> dict[str, ExpertsPlan | None]:
     found: dict[str, ExpertsPlan | None] = {"auto": None, "auto_again": None}
     if tokens <= 16:
         found["few"] = ExpertsPlan("few")
+    if tokens <= 64 and not dense:
+        found["int4"] = ExpertsPlan("int4")
     if tokens > 1:
         found |= {
             f"tiles_{block}": ExpertsPlan("tiles", block)

@@ -6,8 +6,10 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitc
 import torch
 
 from tests.kernels.experts import FORMS, layer
+from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.ops.few_tokens import moe_few_tokens_triton
 from vllm.model_executor.layers.fused_moe.ops.grouped import by_planes_triton, combine_triton, experts_triton
+from vllm.model_executor.layers.fused_moe.ops.int4 import moe_int4_cuda
 from vllm.model_executor.layers.fused_moe.ops.route import route_triton
 from vllm.model_executor.layers.ops.rms_norm import Unnormed
 
@@ -36,11 +38,23 @@ def many(form: str) -> None:
         combine_triton(y, routed.shares, x.clone(), logits[:, E:], x)
 
 
+def int4(form: str) -> None:
+    """csrc's kernels, with and without a shared expert."""
+    for T in (1, 3, 40):
+        x = torch.randn(T, D, device="cuda").bfloat16()
+        for shared in (S, 0):
+            weights = layer(E, D, I, shared, form, x.dtype, "cuda")
+            moe_int4_cuda(x, weights, TOP_K)
+            moe_int4_cuda(x, weights, TOP_K, x)
+
+
 def main() -> None:
     torch.manual_seed(0)
     for form in FORMS:
         few(form)
         many(form)
+        if form in ("int4", "int4 zero", "int4 128") and ops.available("cuda"):
+            int4(form)
         torch.cuda.synchronize()
     print("all expert kernels launched")
 
