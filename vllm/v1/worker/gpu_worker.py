@@ -59,7 +59,8 @@ class Worker:
             prompts, batches = self.runner.capture_graphs()
             torch.cuda.synchronize()
             seconds = time.perf_counter() - start
-            logger.info("CUDA graphs for %d batch and %d prompt sizes captured in %.1f s", batches, prompts, seconds)
+            done = "CUDA graphs for %d batch and %d prompt sizes captured in %.1f s, others when they are wanted or there is time"
+            logger.info(done, batches, prompts, seconds)
         tokens = (sizes.num_blocks - 1) * self.config.cache_config.block_size
         logger.info("GDN state: %s in %d slots", format_bytes(sizes.state_bytes), sizes.num_slots)
         logger.info("KV pages:  %s in %d pages, %d tokens", format_bytes(sizes.kv_bytes), sizes.num_blocks, tokens)
@@ -138,5 +139,5 @@ class Worker:
         torch.cuda.reset_peak_memory_stats()
         run_largest_steps(self.runner)
         compile_kernels(self.runner)
-        self.runner.capture_graphs()
+        self.runner.capture_graphs(largest_alone=True)
         return pools.kv_bytes + pools.state_bytes
