@@ -2,7 +2,7 @@
 
 A word of an integer format holds several neighbours of a row. A thread takes words, so element i of all its words meets the inputs
 P*c + i, P elements a word: kernels therefore keep activations by *planes*, [i = 0 of all words | i = 1 of all words | ...]. For formats
-of one element a word that is the natural order.
+of one element a word that is the natural order. fp4's words are of 8 bits, or of 32 as int4's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base import KernelWeight
 
 PLANES = {"plain": 1, "int4": 8, "int8": 4, "fp8": 1, "fp4": 2}
-"""Elements of a row in one stored word."""
+"""Elements of a row in one stored word, as values are stored."""
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -40,9 +40,9 @@ def regular(weight: KernelWeight) -> bool:
     return group_words == words or group_words & (group_words - 1) == 0
 
 
-def operands(weight: KernelWeight, name: str) -> dict[str, object]:
-    """Arguments of a kernel that reads `weight` under this name."""
-    words, planes = weight.values.shape[-1], PLANES[weight.kind]
+def operands(weight: KernelWeight, name: str, planes: int | None = None) -> dict[str, object]:
+    """Arguments of a kernel that reads `weight` under this name. planes: of its words, where those are not as stored."""
+    words, planes = weight.values.shape[-1], planes or PLANES[weight.kind]
     group = 0 if weight.scale is None else min(weight.group, words * planes) // planes
     scale, zero, row_scale = (
         None if part is None else _bytes_of_fp8(part.contiguous())
@@ -149,42 +149,85 @@ def as_scale(s):
 
 
 @triton.constexpr_function
-def _nibble_pair(shift, bf16):
-    """Two nibbles of two words as 16-bit floats: each under the exponent whose unit it counts, less $3, times $2."""
-    kind, bits = ("bf16x2", "0x43004300") if bf16 else ("f16x2", "0x64006400")
-    take = f"shr.u32 t, $1, {shift}; lop3.b32 t, t, 0x000F000F, {bits}, 0xEA;"
-    return f"{{ .reg .b32 t; {take} sub.rn.{kind} t, t, $3; mul.rn.{kind} $0, t, $2; }}"
+def _pair(i, kind, scaled, bf16):
+    """PTX that takes element i of two words, whose halves (words of 8 bits: all of them) are in $1, for two 16-bit floats: $3, what is
+    to be subtracted, and times $2 if `scaled`. Exact but for that last product."""
+    dtype = "bf16x2" if bf16 else "f16x2"
+    if kind == "int4":  # under the exponent whose unit it counts
+        take = (
+            f"shr.u32 t, $1, {4 * (i % 4)}; lop3.b32 t, t, 0x000F000F, {'0x43004300' if bf16 else '0x64006400'}, 0xEA;"
+        )
+        take += f"sub.rn.{dtype} t, t, $3;"
+    elif kind == "int8" and bf16:  # its low seven bits likewise; 128 more is subtracted where the eighth is clear
+        take = f"shr.u32 t, $1, {8 * (i % 2)}; lop3.b32 u, t, 0x00800080, 0x43804380, 0x6A;"
+        take += "lop3.b32 t, t, 0x007F007F, 0x43004300, 0xEA; sub.rn.bf16x2 t, t, u;"
+    elif kind == "int8":
+        take = f"shr.u32 t, $1, {8 * (i % 2)}; lop3.b32 t, t, 0x00FF00FF, 0x64006400, 0xEA; sub.rn.f16x2 t, t, $3;"
+    else:  # e2m1's exponent and mantissa at the lower end of a float's: too small by a power of two
+        to, mask, power = (6, "0x01C001C0", "0x7E807E80") if bf16 else (9, "0x0E000E00", "0x74007400")
+        left = to - 4 * (i % 4)
+        take = f"shl.b32 t, $1, {left};" if left >= 0 else f"shr.u32 t, $1, {-left};"
+        take += f"shl.b32 u, $1, {12 - 4 * (i % 4)}; and.b32 u, u, 0x80008000;"
+        take += f"lop3.b32 t, t, {mask}, u, 0xEA; mov.b32 u, {power}; mul.rn.{dtype} t, t, u;"
+    last = f"mul.rn.{dtype} $0, t, $2;" if scaled else "mov.b32 $0, t;"
+    return f"{{ .reg .b32 t, u; {take} {last} }}"
+
+
+@triton.constexpr_function
+def _in_pairs(kind, zero, group, s, dtype):
+    """Whether there is such code: scales have to be of the 16-bit type that is computed in."""
+    return not INTERPRETED and (kind == "int4" or (kind in ("int8", "fp4") and not zero and (group == 0 or s == dtype)))
 
 
 @triton.jit
-def plane(w, low, high, s, z, i: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, DTYPE: tl.constexpr):
-    """Plane i of a tile of words [BN, BW] in DTYPE. s, z: scales and zeros of each word; low, high: the words' halves."""
+def plane(
+    w,
+    low,
+    high,
+    s,
+    z,
+    i: tl.constexpr,
+    KIND: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Plane i of a tile of words [BN, BW] in DTYPE. s, z: scales and zeros of each word; low, high: the words' halves.
+
+    GROUP: of `load_words`; 0: q - zero is not scaled.
+    """
     if KIND == "plain":
         return w
-    elif KIND == "int4" and not INTERPRETED:
-        return tl.inline_asm_elementwise(
-            _nibble_pair(4 * (i % 4), tl.bfloat16 == DTYPE),
+    elif _in_pairs(KIND, ZERO, GROUP, s.dtype, DTYPE):
+        bits = tl.inline_asm_elementwise(
+            _pair(i, KIND, GROUP > 0, tl.bfloat16 == DTYPE),
             "=r,r,r,r",
-            [low if i < 4 else high, s, z],
-            dtype=s.dtype,
+            [low if i < (2 if KIND == "int8" else 4) else high, s, z],
+            dtype=tl.int16,
             is_pure=True,
             pack=2,
         )
+        return bits.to(DTYPE, bitcast=True)
     else:
         q = element(w, i, KIND)
         if KIND == "int4" or KIND == "int8":
             q -= offset(i, KIND, not ZERO)
         if ZERO:
             q -= z.to(tl.float32)
-        return (q * s.to(tl.float32)).to(DTYPE)
+        if GROUP > 0:
+            q *= s.to(tl.float32)
+        return q.to(DTYPE)
 
 
 @triton.jit
 def _spread(x, GROUP: tl.constexpr, BW: tl.constexpr):
     """[BN, BG] -> [BN, BW], each group's value to its words."""
     BG: tl.constexpr = groups_of(GROUP, BW)
-    x = tl.broadcast_to(x[:, :, None], [x.shape[0], BG, BW // BG])
-    return tl.reshape(x, [x.shape[0], BW])
+    if BG == 1:
+        return tl.broadcast_to(x, [x.shape[0], BW])
+    else:
+        x = tl.broadcast_to(x[:, :, None], [x.shape[0], BG, BW // BG])
+        return tl.reshape(x, [x.shape[0], BW])
 
 
 @triton.jit
@@ -201,23 +244,72 @@ def load_words(
     BW: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Words [BN, BW] of whole rows from w0 on, their halves, and each word's scale and zero (with int4's unit) in DTYPE."""
+    """Words [BN, BW] of whole rows from w0 on, their halves, and each word's scale and zero, as :func:`plane` takes them.
+
+    Scales are in DTYPE where they are stored so or as bytes, which it holds exactly, and int4's always; otherwise in float32.
+    """
     c = w0 + tl.arange(0, BW)
     w = tl.load(values + row[:, None] * WORDS + c[None, :])
-    s, z, low, high = w, w, w, w
+    low, high = w, w
+    if not INTERPRETED and (KIND == "int4" or KIND == "int8" or KIND == "fp4"):
+        low = w.to(tl.int16)
+        if w.dtype == tl.int32:
+            high = (w >> 16).to(tl.int16)
+    s, z = low, low
     if GROUP > 0:
         g = w0 // GROUP + tl.arange(0, groups_of(GROUP, BW))
         at = (row // SCALE_ROWS)[:, None] * (WORDS // GROUP) + g[None, :]
         s = as_scale(tl.load(scale + at))
-        # the kernels' 16 bits hold a scale of theirs exactly; float32 scales are applied in float32
-        s = _spread(s.to(DTYPE) if KIND == "int4" else s, GROUP, BW)
+        STORED: tl.constexpr = scale.dtype.element_ty
+        s = _spread(s.to(DTYPE) if KIND == "int4" or STORED == DTYPE or tl.uint8 == STORED else s, GROUP, BW)
         if zero is not None:
-            z = _spread(tl.load(zero + at).to(DTYPE), GROUP, BW)
-    if KIND == "int4" and not INTERPRETED:
-        low, high = w.to(tl.int16), (w >> 16).to(tl.int16)
+            # the interpreter takes integers for bfloat16's bits
+            z = _spread(tl.load(zero + at).to(tl.float32).to(DTYPE), GROUP, BW)
+    if not INTERPRETED and (KIND == "int4" or (KIND == "int8" and tl.bfloat16 != DTYPE)):
         unit = 128.0 if tl.bfloat16 == DTYPE else 1024.0
-        if zero is not None:
+        if zero is None:
+            z = tl.full(w.shape, unit + (8.0 if KIND == "int4" else 128.0), DTYPE)
+        elif KIND == "int4":
             z = (z + unit).to(DTYPE)
-        else:
-            z = tl.full(w.shape, unit + 8.0, DTYPE)
     return w, low, high, s, z
+
+
+@triton.jit
+def dense_tile(
+    w,
+    low,
+    high,
+    s,
+    z,
+    P: tl.constexpr,
+    KIND: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    NATURAL: tl.constexpr,
+):
+    """All planes of a tile of words: [BN, P * BW], one beside the other or, NATURAL, in the order of W's columns.
+
+    Nothing moves between threads for the former where a thread has the same words of every plane, as tensor cores ask for them.
+    """
+    p = ()
+    for i in tl.static_range(P):
+        p += (plane(w, low, high, s, z, i, KIND, ZERO, GROUP, DTYPE),)
+    if P == 1:
+        return p[0]
+    else:
+        if P == 2:
+            t = tl.join(p[0], p[1])
+        elif P == 4:
+            t = tl.join(tl.join(p[0], p[2]), tl.join(p[1], p[3]))
+        else:
+            even, odd = (
+                tl.join(tl.join(p[0], p[4]), tl.join(p[2], p[6])),
+                tl.join(tl.join(p[1], p[5]), tl.join(p[3], p[7])),
+            )
+            t = tl.join(even, odd)
+        # [BN, BW, P]
+        t = tl.reshape(t, [w.shape[0], w.shape[1], P])
+        if not NATURAL:
+            t = tl.permute(t, (0, 2, 1))
+        return tl.reshape(t, [w.shape[0], w.shape[1] * P])

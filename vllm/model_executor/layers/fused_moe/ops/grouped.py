@@ -80,8 +80,8 @@ def _grouped_gate_up_kernel(
         for i in tl.static_range(P):
             # [BW, BM]
             x_i = tl.trans(tl.load(at_x + i * W13_WORDS + w0))
-            gate += dot(plane(a, al, ah, sa, za, i, W13_KIND, w13_zero is not None, DTYPE), x_i)
-            up += dot(plane(b, bl, bh, sb, zb, i, W13_KIND, w13_zero is not None, DTYPE), x_i)
+            gate += dot(plane(a, al, ah, sa, za, i, W13_KIND, w13_zero is not None, W13_GROUP, DTYPE), x_i)
+            up += dot(plane(b, bl, bh, sb, zb, i, W13_KIND, w13_zero is not None, W13_GROUP, DTYPE), x_i)
     if w13_factor is not None:
         gate *= tl.load(w13_factor + row)[:, None]
         up *= tl.load(w13_factor + row + I)[:, None]
@@ -137,7 +137,7 @@ def _grouped_down_kernel(
         )
         for i in tl.static_range(I // W2_WORDS):
             h_i = tl.trans(tl.load(at_h + i * W2_WORDS + w0))
-            acc += dot(plane(a, al, ah, sa, za, i, W2_KIND, w2_zero is not None, DTYPE), h_i)
+            acc += dot(plane(a, al, ah, sa, za, i, W2_KIND, w2_zero is not None, W2_GROUP, DTYPE), h_i)
     if w2_factor is not None:
         acc *= tl.load(w2_factor + row)[:, None]
     tl.store(y + choice[None, :] * D + n[:, None], acc.to(DTYPE), mask=(m < rows)[None, :] & (n < D)[:, None])
