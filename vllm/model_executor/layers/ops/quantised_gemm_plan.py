@@ -18,6 +18,9 @@ MOST_IN_REGISTERS = {"int4": 1024, "int8": 1024, "fp8": 1024, "fp4": 1024}
 """Rows of x up to which a weight of each kind is dequantised in registers. Not measured; 512, 1024 or none are what the prompts of the
 warm-up compile kernels for."""
 
+LEAST_FP8_ROWS = 129
+"""Rows of x from which it is quantised, where that is asked for: fewer wait for W either way, and are more exact in 16 bits."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -71,7 +74,7 @@ def plan_quantised_gemm(gpu: Gpu, M: int, N: int, K: int, kind: str, fp8_inputs:
     """
     if K % BK or gpu.capability < (8, 9):
         return None
-    form = "fp8" if fp8_inputs else "registers"
+    form = "fp8" if fp8_inputs and M >= LEAST_FP8_ROWS else "registers"
     if form == "registers" and gpu.capability < (9, 0):
         return None
     # sizes of prompts in a few classes, so that the warm-up meets every tile
