@@ -7,6 +7,7 @@ That is done without blocks too: Hopper's tensor cores keep about 14 bits of a s
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ import triton.language as tl
 
 from vllm.model_executor.layers.fla.ops.device import before_e4m3, dot, tile_of
 
-from .quantised_gemm_plan import BK, GROUPED, Tile
+from .quantised_gemm_plan import BK, FP8_CAPABILITY, GROUPED, Tile
 from .stored_weight import dense
 
 if TYPE_CHECKING:
@@ -96,9 +97,16 @@ def _fp8_gemm_kernel(
     tl.store(at_y, acc.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
+@lru_cache
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether its tensor cores take 8-bit floats."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
 def takes_fp8(weight: KernelWeight, K: int) -> bool:
-    """Whether x may be quantised for this weight [N, K], and its scales are those of rows, or of 128 columns."""
-    return weight.kind == "fp8" and weight.quantize_inputs and (weight.group >= K or weight.group == BK)
+    """Whether x may be quantised for this weight [..., N, K], and its scales are those of rows, or of 128 columns."""
+    asked = weight.kind == "fp8" and weight.quantize_inputs
+    return asked and K % BK == 0 and (weight.group >= K or weight.group == BK)
 
 
 def quantise_triton(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -154,7 +154,7 @@ def quantised_gemm_torch(x: torch.Tensor, weight: KernelWeight) -> torch.Tensor:
 def dequantise_triton(weight: KernelWeight, dtype: torch.dtype) -> torch.Tensor:
     """W [N, K] in 16 bits, rounded as in :func:`quantised_gemm_triton`; its reference is `dense`."""
     words, P = _in_words(weight)
-    N, K, BN, BW = weight.values.shape[0], words.values.shape[1] * P, 16, BK // P
+    N, K, BN, BW = weight.values.shape[0], words.values.shape[1] * P, 32, BK // P
     out = torch.empty(N, K, dtype=dtype, device=weight.values.device)
     _dequantise_kernel[(triton.cdiv(N, BN), K // BK)](
         **operands(words, "w", P), out=out, N=N, K=K, BN=BN, BW=BW, num_warps=4

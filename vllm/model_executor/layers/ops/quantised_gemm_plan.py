@@ -14,6 +14,9 @@ BK = 128
 GROUPED = 8
 """Tiles along x that run side by side over all of W: a round of programs then reads about as much of either."""
 
+FP8_CAPABILITY, REGISTERS_CAPABILITY = (8, 9), (9, 0)
+"""Of GPUs that multiply 8-bit floats, and of those that do arithmetic on pairs of bfloat16."""
+
 MOST_IN_REGISTERS = {"int4": 1024, "int8": 1024, "fp8": 1024, "fp4": 1024}
 """Rows of x up to which a weight of each kind is dequantised in registers. Not measured; 512, 1024 or none are what the prompts of the
 warm-up compile kernels for."""
@@ -72,10 +75,8 @@ def plan_quantised_gemm(gpu: Gpu, M: int, N: int, K: int, kind: str, fp8_inputs:
         kind: of a :class:`~vllm.model_executor.layers.quantization.base.KernelWeight`, but for "plain".
         fp8_inputs: whether x may be quantised to 8-bit floats, and scales allow for it.
     """
-    if K % BK or gpu.capability < (8, 9):
-        return None
     form = "fp8" if fp8_inputs and M >= LEAST_FP8_ROWS else "registers"
-    if form == "registers" and gpu.capability < (9, 0):
+    if K % BK or gpu.capability < (FP8_CAPABILITY if form == "fp8" else REGISTERS_CAPABILITY):
         return None
     # sizes of prompts in a few classes, so that the warm-up meets every tile
     rows = min(1024, 1 << max(0, M - 1).bit_length())

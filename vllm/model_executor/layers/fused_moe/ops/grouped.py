@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from vllm.model_executor.layers.fla.ops.device import dot
+from vllm.model_executor.layers.fused_moe.ops.grouped_fp8 import experts_fp8_triton, prefers_fp8
 from vllm.model_executor.layers.fused_moe.ops.route import Routed
 from vllm.model_executor.layers.fused_moe.ops.weights import overlapping, store_sum, swiglu
 from vllm.model_executor.layers.ops.stored_weight import PLANES, dense, load_words, operands, plane
@@ -225,7 +226,9 @@ def by_planes_triton(x: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def experts_triton(xp: torch.Tensor, routed: Routed, w13: KernelWeight, w2: KernelWeight) -> torch.Tensor:
-    """Triton form of :func:`experts_torch`, with x by the planes of w13."""
+    """Triton form of :func:`experts_torch`, with x by the planes of w13; or of `experts_fp8_torch` where inputs are to be in fp8."""
+    if prefers_fp8(xp, routed, w13, w2):
+        return experts_fp8_triton(xp, routed, w13, w2)
     T, D = xp.shape
     I, top_k = w13.values.shape[-2] // 2, routed.shares.shape[1]
     h, y = xp.new_empty(T * top_k, I), xp.new_empty(T * top_k, D)
