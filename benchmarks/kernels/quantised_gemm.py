@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.kernels.timing import bandwidths, interleaved_us, write_result
-from vllm.model_executor.layers.ops import quantised_gemm as module
-from vllm.model_executor.layers.ops.fp8_gemm import fp8_gemm_triton, quantise_triton, takes_fp8
-from vllm.model_executor.layers.ops.quantised_gemm import dequantise_triton, quantised_gemm_triton
-from vllm.model_executor.layers.ops.quantised_gemm_plan import BK, TILES, Tile, plan_quantised_gemm
+from vllm.model_executor.layers.ops.fp8_gemm import fp8_gemm_triton, input_group, quantise_triton, takes_fp8
+from vllm.model_executor.layers.ops.quantised_gemm import dequantise_triton, gpu_of, quantised_gemm_triton
+from vllm.model_executor.layers.ops.quantised_gemm_plan import TILES, Tile, plan_quantised_gemm
 from vllm.model_executor.layers.ops.skinny_gemm import MOST_SLICED_ROWS, quantised_gemm
 from vllm.model_executor.layers.quantization import CompressedTensorsWNA16, Fp8, NvFp4, WeightScheme
 from vllm.model_executor.layers.quantization.base import KernelWeight
@@ -58,8 +57,7 @@ def make(scheme: WeightScheme, N: int, K: int, seed: int) -> nn.Module:
 
 
 def native(tile: Tile, x: torch.Tensor, layer: nn.Module, weight: KernelWeight) -> torch.Tensor:
-    group = BK if weight.group < x.shape[1] else x.shape[1]
-    return fp8_gemm_triton(*quantise_triton(x, group), weight, x.dtype, tile)
+    return fp8_gemm_triton(*quantise_triton(x, input_group(weight, x.shape[1])), weight, x.dtype, tile)
 
 
 def scaled_mm(x: torch.Tensor, layer: nn.Module, weight: KernelWeight) -> torch.Tensor:
@@ -69,7 +67,7 @@ def scaled_mm(x: torch.Tensor, layer: nn.Module, weight: KernelWeight) -> torch.
 
 
 def ways(scheme: WeightScheme, weight: KernelWeight, M: int, K: int) -> dict[str, Way]:
-    large = module._gpu(torch.device("cuda")).capability[0] in (9, 10)
+    large = gpu_of(torch.device("cuda")).capability[0] in (9, 10)
     found: dict[str, Way] = {
         f"registers {tile.BM}x{tile.BN}": lambda x, layer, w, tile=tile: quantised_gemm_triton(x, w, tile)
         for tile in TILES["registers"][large]
@@ -121,7 +119,7 @@ def measure(label: str, kind: str, rows: list[int], rate: float, report: Callabl
         chains = {name: [partial(way, x, *pair) for pair in zip(layers, weights)] for name, way in found.items()}
         chains["bf16"] = [partial(F.linear, x, w) for w in plain]
         times = interleaved_us(chains, rounds=9)
-        plan = plan_quantised_gemm(module._gpu(x.device), M, N, K, weights[0].kind, takes_fp8(weights[0], K))
+        plan = plan_quantised_gemm(gpu_of(x.device), M, N, K, weights[0].kind, takes_fp8(weights[0], K))
         planned = plan.form if plan.tile is None else f"{plan.form} {plan.tile.BM}x{plan.tile.BN}"
         ours = {name: us for name, us in times.items() if name not in ("bf16", "pytorch", "scaled_mm")}
         best = min(ours, key=ours.get)

@@ -130,7 +130,7 @@ def test_dispatch(monkeypatch):
     def note(name, of):
         return lambda *args: calls.append(name) or of(*args)
 
-    monkeypatch.setattr(module, "_gpu", lambda device: H200)
+    monkeypatch.setattr(module, "gpu_of", lambda device: H200)
     monkeypatch.setattr(
         module, "quantised_gemm_triton", note("registers", lambda x, w, tile: quantised_gemm_torch(x, w))
     )
@@ -156,7 +156,7 @@ def off_by(y: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def need(capability: tuple[int, int]) -> Gpu:
-    gpu = module._gpu(torch.device("cuda"))
+    gpu = module.gpu_of(torch.device("cuda"))
     if gpu.capability < capability:
         pytest.skip(f"needs a GPU of capability {capability}")
     return gpu

@@ -109,6 +109,11 @@ def takes_fp8(weight: KernelWeight, K: int) -> bool:
     return asked and K % BK == 0 and (weight.group >= K or weight.group == BK)
 
 
+def input_group(weight: KernelWeight, K: int) -> int:
+    """Columns of x that share a scale beside this weight."""
+    return BK if weight.group < K else K
+
+
 def quantise_triton(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Triton form of :func:`quantise_torch`, for contiguous x [M, K] and groups that divide K."""
     M, K = x.shape

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from vllm.model_executor.layers.fla.ops.device import dot, multiprocessors, tile_of
 
-from .fp8_gemm import fp8_gemm_triton, quantise_triton, takes_fp8
+from .fp8_gemm import fp8_gemm_triton, input_group, quantise_triton, takes_fp8
 from .quantised_gemm_plan import BK, GROUPED, Gpu, Tile, plan_quantised_gemm
 from .skinny_gemm import MOST_SLICED_ROWS, few_rows, quantised_gemm
 from .stored_weight import PLANES, SIXTEEN_BIT, as_scale, dense, dense_tile, load_words, operands, regular
@@ -173,7 +173,8 @@ def has_kernels(x: torch.Tensor) -> bool:
 
 
 @lru_cache
-def _gpu(device: torch.device) -> Gpu:
+def gpu_of(device: torch.device) -> Gpu:
+    """What plans want to know of it."""
     return Gpu(torch.cuda.get_device_capability(device), multiprocessors(device))
 
 
@@ -190,16 +191,15 @@ def quantised_linear(x: torch.Tensor, weight: KernelWeight) -> torch.Tensor | No
     y = quantised_gemm(x, weight) if few_rows(x, MOST_SLICED_ROWS) else None
     if y is not None or not fits(x, weight):
         return y
-    (N, K), rows = (weight.values.shape[0], x.shape[-1]), x.reshape(-1, x.shape[-1]).contiguous()
-    native = takes_fp8(weight, K)
-    plan = plan_quantised_gemm(_gpu(x.device), rows.shape[0], N, K, weight.kind, native)
+    N, K = weight.values.shape[0], x.shape[-1]
+    plan = plan_quantised_gemm(gpu_of(x.device), x.numel() // K, N, K, weight.kind, takes_fp8(weight, K))
     if plan is None:
         return None
     if plan.form == "copy":
         return F.linear(x, dequantise_triton(weight, x.dtype))
+    rows = x.reshape(-1, K).contiguous()
     if plan.form == "fp8":
-        group = BK if weight.group < K else K
-        y = fp8_gemm_triton(*quantise_triton(rows, group), weight, x.dtype, plan.tile)
+        y = fp8_gemm_triton(*quantise_triton(rows, input_group(weight, K)), weight, x.dtype, plan.tile)
     else:
         y = quantised_gemm_triton(rows, weight, plan.tile)
     return y.view(*x.shape[:-1], N)

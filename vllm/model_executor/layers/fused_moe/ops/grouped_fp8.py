@@ -15,7 +15,13 @@ import triton.language as tl
 from vllm.model_executor.layers.fla.ops.device import dot
 from vllm.model_executor.layers.fused_moe.ops.route import Routed
 from vllm.model_executor.layers.fused_moe.ops.weights import overlapping, swiglu
-from vllm.model_executor.layers.ops.fp8_gemm import multiplies_fp8, quantise_torch, quantise_triton, takes_fp8
+from vllm.model_executor.layers.ops.fp8_gemm import (
+    input_group,
+    multiplies_fp8,
+    quantise_torch,
+    quantise_triton,
+    takes_fp8,
+)
 from vllm.model_executor.layers.ops.quantised_gemm_plan import BK
 from vllm.model_executor.layers.ops.stored_weight import dense
 
@@ -102,7 +108,7 @@ def prefers_fp8(x: torch.Tensor, routed: Routed, w13: KernelWeight, w2: KernelWe
 def _product(x: torch.Tensor, routed: Routed, weight: KernelWeight, N: int, top_k: int, paired: bool) -> torch.Tensor:
     """Every choice's outputs [choices, N]; x [rows, K] is what choice // top_k reads."""
     K = x.shape[1]
-    q, scale = quantise_triton(x, BK if weight.group < K else K)
+    q, scale = quantise_triton(x, input_group(weight, K))
     y = x.new_empty(routed.shares.numel(), N)
     BN = 64 if paired or routed.block >= 64 else 128  # registers hold the sums twice
     _grouped_fp8_kernel[(triton.cdiv(N, BN), routed.blocks)](
@@ -153,5 +159,5 @@ def experts_fp8_torch(x: torch.Tensor, routed: Routed, w13: KernelWeight, w2: Ke
 
 def _rounded(x: torch.Tensor, weight: KernelWeight) -> torch.Tensor:
     """x [rows, K] quantised as for this weight, in float32 again."""
-    q, scale = quantise_torch(x, BK if weight.group < x.shape[1] else x.shape[1])
+    q, scale = quantise_torch(x, input_group(weight, x.shape[1]))
     return (q.float().unflatten(-1, (scale.shape[0], -1)) * scale.T[..., None]).flatten(-2)
