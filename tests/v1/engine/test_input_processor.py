@@ -1,6 +1,8 @@
 """What callers may give, what they may not, and what the engine receives."""
 
 import json
+import subprocess
+import sys
 import types
 
 import pytest
@@ -196,3 +198,29 @@ def test_loading_a_tokenizer(tmp_path, caplog):
     with pytest.raises((ValueError, FileNotFoundError)) as raised:
         load_tokenizer(tmp_path)
     assert str(raised.value).startswith("--tokenizer") and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("stated", ["PreTrainedTokenizerFast", "Qwen2Tokenizer"])
+def test_a_tokenizer_file_is_read_without_looking_for_its_class(tmp_path, stated):
+    """The same tokenizer as transformers finds by the class that a checkpoint states, without the import of all its models' names."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (TINY / name).is_file():
+            (tmp_path / name).write_bytes((TINY / name).read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": stated}))
+    script = (
+        "import sys; from vllm.v1.engine.tokenizer import load_tokenizer as load; "
+        f"print(load({str(tmp_path)!r}).encode('12 apples'), 'transformers.models.auto' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    from transformers import AutoTokenizer
+
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert done.stdout.splitlines() == [f"{ours.encode('12 apples')} False"], done.stdout + done.stderr
+    messages = [{"role": "user", "content": "Überall <|im_end|> 1234567, naïve 你好\n\n  \tend"}]
+    text = ours.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert (ids := ours.encode(text)) == theirs.encode(text) and ours.decode(ids) == theirs.decode(ids) == text
+    for name in ("all_special_ids", "model_max_length", "eos_token_id", "vocab_size"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert list(ours.added_tokens_decoder) == list(theirs.added_tokens_decoder)

@@ -47,16 +47,25 @@ def load_tokenizer(source: VllmConfig | str | Path) -> Any:
     elif folder.is_absolute() or name.startswith("."):
         raise FileNotFoundError(f"--tokenizer {name}: no such folder")
 
-    from transformers import AutoTokenizer  # here: a second, which --help should not cost
-
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return _tokenizer_class(name).from_pretrained(name)
     except OSError as error:
         raise FileNotFoundError(
             f"--tokenizer {name}: neither a folder nor a model that the hub provides ({_line(error)})"
         ) from None
     except Exception as error:  # what a broken file raises depends on which part of which library trips over it
         raise ValueError(f"--tokenizer {name}: cannot be read ({_line(error)})") from None
+
+
+def _tokenizer_class(name: str) -> Any:
+    """Of transformers, imported here: half a second, which --help should not cost, and where the class is to be found out two."""
+    if (Path(name) / "tokenizer.json").is_file():  # says all there is to say
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _line(error: Exception) -> str:
