@@ -190,6 +190,19 @@ def test_every_tile(form, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("form", ["int4", "int8 row", "fp8 block", "fp4 nv"])
+def test_the_same_every_time(form):
+    """Registers are filled again while tensor cores work: many programs, long rows, and nothing may come too early."""
+    gpu = need((9, 0))
+    weight, x = stored((4096, 4096), form, torch.bfloat16, "cuda"), random_x(1024, 4096, torch.bfloat16, "cuda")
+    for tile in TILES["registers"][gpu.capability[0] in (9, 10)]:
+        first = quantised_gemm_triton(x, weight, tile)
+        assert off_by(first, x.float() @ dense(weight).T) < 5e-3
+        for _ in range(30):
+            assert torch.equal(quantised_gemm_triton(x, weight, tile), first)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_code_is_read_exactly(dtype):
     """All patterns of a byte as two elements of four bits, or as one of eight, in every place of a word."""
