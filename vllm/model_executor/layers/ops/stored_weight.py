@@ -288,7 +288,7 @@ def dense_tile(
     DTYPE: tl.constexpr,
     NATURAL: tl.constexpr,
 ):
-    """All planes of a tile of words: [BN, P * BW], one beside the other or, NATURAL, in the order of W's columns.
+    """All planes of a tile of words of 1, 4 or 8 elements: [BN, P * BW], one beside the other or, NATURAL, in the order of W's columns.
 
     Nothing moves between threads for the former where a thread has the same words of every plane, as tensor cores ask for them.
     """
@@ -298,15 +298,11 @@ def dense_tile(
     if P == 1:
         return p[0]
     else:
-        if P == 2:
-            t = tl.join(p[0], p[1])
-        elif P == 4:
+        if P == 4:
             t = tl.join(tl.join(p[0], p[2]), tl.join(p[1], p[3]))
         else:
-            even, odd = (
-                tl.join(tl.join(p[0], p[4]), tl.join(p[2], p[6])),
-                tl.join(tl.join(p[1], p[5]), tl.join(p[3], p[7])),
-            )
+            even = tl.join(tl.join(p[0], p[4]), tl.join(p[2], p[6]))
+            odd = tl.join(tl.join(p[1], p[5]), tl.join(p[3], p[7]))
             t = tl.join(even, odd)
         # [BN, BW, P]
         t = tl.reshape(t, [w.shape[0], w.shape[1], P])
