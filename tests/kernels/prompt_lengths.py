@@ -3,23 +3,24 @@
 ``python -m tests.kernels.prompt_lengths`` prints one line for each. Launches are recorded, not run: see `tests.kernels.aot`.
 """
 
-import dataclasses
 import sys
+from dataclasses import replace
 
 import torch
 from triton.runtime.jit import JITFunction
 
 from tests.kernels.aot import describe  # before any kernel: it turns the interpreter off
 from tests.kernels.attention_case import AttentionCase
-from tests.kernels.experts import layer
+from tests.kernels.experts import layer, stored
 from vllm.model_executor.layers.fla.ops import chunk, gating, layernorm_guard
 from vllm.model_executor.layers.folding import INPUT_ROWS, POST_ROWS
 from vllm.model_executor.layers.fused_moe.experts import plan_experts
 from vllm.model_executor.layers.fused_moe.layer import FRONT_TOKENS
-from vllm.model_executor.layers.fused_moe.ops import few_tokens, front, grouped
+from vllm.model_executor.layers.fused_moe.ops import few_tokens, front, grouped, grouped_fp8
 from vllm.model_executor.layers.fused_moe.ops.route import route_triton
 from vllm.model_executor.layers.mamba.ops import causal_conv1d
-from vllm.model_executor.layers.ops import attention_prefill
+from vllm.model_executor.layers.ops import attention_prefill, quantised_gemm
+from vllm.model_executor.layers.ops.quantised_gemm_plan import Gpu
 from vllm.model_executor.layers.ops.rms_norm import Unnormed
 from vllm.v1.worker.warm_up import _LENGTHS
 
@@ -52,11 +53,19 @@ KEY, VALUE = HEADS_K * WIDTH, HEADS_V * WIDTH
 
 
 class Layers:
-    """The launches of one GDN layer's core, one attention layer's, and one layer of experts in int4."""
+    """The launches of one GDN layer's core, one attention layer's, one layer of experts in int4 and one in FP8, and of linear layers."""
 
     def __init__(self) -> None:
         experts = layer(2, D, I, I, "int4", DTYPE, "cpu")  # two stand for all: nothing is launched
-        self.experts = dataclasses.replace(experts, router=torch.zeros(E, D, dtype=DTYPE))
+        self.experts = replace(experts, router=torch.zeros(E, D, dtype=DTYPE))
+        self.fp8 = [
+            replace(stored(shape, "fp8 row", DTYPE, "cpu"), quantize_inputs=True)
+            for shape in ((2, 2 * I, D), (2, D, I))
+        ]
+        self.linear = [
+            stored((D, D), "int4", DTYPE, "cpu"),
+            replace(self.fp8[0], values=self.fp8[0].values[0], scale=self.fp8[0].scale[0]),
+        ]
         self.state = torch.zeros(4, HEADS_V, WIDTH, WIDTH)
         self.windows = torch.zeros(4, 3, 2 * KEY + VALUE, dtype=DTYPE).transpose(1, 2)
         self.taps = torch.zeros(4, 2 * KEY + VALUE, dtype=DTYPE).T
@@ -64,6 +73,7 @@ class Layers:
     def prompt(self, T: int) -> None:
         self._gdn(T)
         self._experts(T)
+        self._linear(T)
         case = AttentionCase([(0, T)], 16, 2, 256, 64, DTYPE, DTYPE)
         attention_prefill.attention_prefill_triton(case.rows, case.clean, case.meta, case.scale, case.out())
 
@@ -99,6 +109,14 @@ class Layers:
             self._experts_of(x, x, x)
         if T <= POST_ROWS:
             self._experts_of(x, Unnormed(x, torch.zeros(D, dtype=DTYPE), 1e-6, True), x)
+
+    def _linear(self, T: int) -> None:
+        x = torch.zeros(T, D, dtype=DTYPE)
+        for weight in self.linear:
+            quantised_gemm.quantised_linear(x, weight)
+        routed = route_triton(torch.zeros(T, E), E, TOP_K, 16 if T * TOP_K < 16 * E else 32)
+        if routed.block >= grouped_fp8.LEAST_BLOCK:
+            grouped_fp8.experts_fp8_triton(x, routed, *self.fp8)
 
     def _experts_of(self, x: torch.Tensor, rows: torch.Tensor | Unnormed, add_to: torch.Tensor | None) -> None:
         T, weights = x.shape[0], self.experts
@@ -151,6 +169,7 @@ def main() -> None:
         if hasattr(module, "multiprocessors"):
             module.multiprocessors = lambda device: 132
     attention_prefill.capability_of = lambda device: (9, 0)
+    quantised_gemm.gpu_of = lambda device: Gpu((9, 0), 132)
     layers, warmed = Layers(), [n for n in _LENGTHS if n < LONGEST] + [LONGEST]
     for name, lengths in late_kernels(layers, warmed, LENGTHS).items():
         print(name, *lengths[:8])

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 HALVES = (torch.bfloat16, torch.float16)
 
 MOST_SLICED_ROWS = 4 * MAX_ROWS
-"""Rows of x up to which a quantised weight is multiplied slice by slice: it is then read four times, 2 to 4 bytes an element, where a
-dense copy in 16 bits is written and read besides, 4.5 to 5."""
+"""Rows of x up to which a quantised weight is multiplied slice by slice: it is then read four times, 2 to 4 bytes an element."""
 
 
 @triton.jit
@@ -267,7 +266,7 @@ def skinny_gemm_add(x: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) 
 
 
 def quantised_gemm(x: torch.Tensor, weight: KernelWeight) -> torch.Tensor | None:
-    """``x @ Wᵀ`` with W dequantised in registers, or None where a dense copy of W has to be made.
+    """``x @ Wᵀ`` for few rows, with W dequantised in registers; None where no kernel of csrc/ takes x and W.
 
     Sums are float32. csrc/quantised_gemm.cu applies scales to them, exactly; the ring rounds W's elements to bfloat16 as in the dense
     copy (scales that bfloat16 does not hold are applied as two of them). The weight must not be written by the kernel right before
