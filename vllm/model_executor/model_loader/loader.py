@@ -92,10 +92,9 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
     """Uninitialised room on the device for parameters built on meta; buffers have their values already and move."""
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
-            room = param
-            if param.is_meta:  # which empty_like would load sympy for, a third of a second
-                room = torch.empty(param.shape, dtype=param.dtype, device=device)
-            setattr(module, name, nn.Parameter(room.to(device), requires_grad=False))
+            # empty_like of meta tensors would import sympy: a third of a second
+            room = torch.empty(param.shape, dtype=param.dtype, device=device) if param.is_meta else param.to(device)
+            setattr(module, name, nn.Parameter(room, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
 

@@ -47,8 +47,9 @@ def load_tokenizer(source: VllmConfig | str | Path) -> Any:
     elif folder.is_absolute() or name.startswith("."):
         raise FileNotFoundError(f"--tokenizer {name}: no such folder")
 
+    tokenizer_class = _tokenizer_class(name)
     try:
-        return _tokenizer_class(name).from_pretrained(name)
+        return tokenizer_class.from_pretrained(name)
     except OSError as error:
         raise FileNotFoundError(
             f"--tokenizer {name}: neither a folder nor a model that the hub provides ({_line(error)})"
