@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.server import hostile_bodies as corpus
-from tests.server.probes import held, resident, until_idle, work, works
+from tests.server.probes import resident, until_idle, work, works
 
 SECONDS = 5
 """That a body may cost the server, all its processes together."""
@@ -43,7 +43,7 @@ def _stays_well(small):
     works(small)
     until_idle(small)
     after = resident(small)
-    assert small.engine() == engine and not any(held(small).values())
+    assert small.engine() == engine
     assert after["server"] - before["server"] < 150 and after["engine"] - before["engine"] < 150, (before, after)
     assert "Traceback" not in small.log and "Internal error" not in small.log, small.log[-3000:]
 

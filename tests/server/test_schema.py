@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.server.probes import held, resident, until_idle, works
+from tests.server.probes import resident, until_idle, works
 
 EXAMPLES = 20
 """Of random requests a route, beside those that go systematically through every field."""
@@ -43,10 +43,10 @@ def test_the_server_does_what_its_schema_says(small, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) generated, \d+ passed", done.stdout)[1]) > 500, done.stdout
-    until_idle(small, 5)
     works(small)
+    until_idle(small, 5)
     after = resident(small)
-    assert small.engine() == engine and not any(held(small).values())
+    assert small.engine() == engine
     assert after["server"] - before["server"] < 100 and after["engine"] - before["engine"] < 100, (before, after)
     assert "Traceback" not in small.log and "Internal error" not in small.log
 
