@@ -32,18 +32,20 @@ def held(server) -> dict[str, float]:
     }
 
 
-def until(condition, seconds: float, what: str = "it") -> float:
+def until(condition, seconds: float, what=lambda: "it") -> float:
     """Wait for something that is true soon; how long it took."""
     start = time.monotonic()
     while not condition():
-        assert time.monotonic() < start + seconds, f"{what} did not come true within {seconds} s"
+        assert time.monotonic() < start + seconds, f"{what()} did not come true within {seconds} s"
         time.sleep(0.02)
     return time.monotonic() - start
 
 
 def until_idle(server, seconds: float = 1.0) -> float:
     """Wait until requests hold nothing; how long it took."""
-    return until(lambda: not any(held(server).values()), seconds, f"an idle server, which is at {held(server)},")
+    return until(
+        lambda: not any(held(server).values()), seconds, lambda: f"an idle server, which is at {held(server)},"
+    )
 
 
 def resident(server) -> dict[str, int]:

@@ -16,8 +16,9 @@ from tests.server.wire import post_all, request_bytes
 
 @pytest.fixture(scope="module")
 def server():
-    """Eight run and the others wait."""
-    with RemoteServer("--max-num-seqs", 8, "--max-num-queued-requests", 100) as server:
+    """Eight run and the others wait; and steps are short, because none can be cut short."""
+    limits = ("--max-num-seqs", 8, "--max-num-queued-requests", 100, "--max-num-batched-tokens", 512)
+    with RemoteServer(*limits) as server:
         yield server
 
 
@@ -60,7 +61,7 @@ def test_clients_that_leave_while_their_prompt_is_read(server):
         sock = begin(server, body)
         until(lambda: held(server)["num_requests_running"] > 0, 10)
         reset(sock)
-        until_idle(server, 3)  # a step cannot be cut short
+        until_idle(server, 3)
     works(server)
 
 

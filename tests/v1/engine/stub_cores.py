@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 from vllm.benchmarks.stub_core import StubCore
 from vllm.v1.engine.messages import EngineCoreInfo
 
@@ -29,7 +31,8 @@ class LoadingCore(StubCore):
     """A model that takes a quarter of an hour to be loaded."""
 
     def __init__(self, config):
-        time.sleep(1000)
+        with tqdm(total=1000, desc="Loading weights"):
+            time.sleep(1000)
 
 
 class BrokenCore(StubCore):

@@ -22,6 +22,7 @@ from tests.v1.engine.stub_cores import (
     KilledCore,
     LateCore,
     LeavingCore,
+    LoadingCore,
     PacedCore,
     RefusingCore,
     StuckCore,
@@ -175,6 +176,19 @@ def test_what_is_sent_to_an_engine_that_has_just_died_is_no_error():
             await until(lambda: session.deaths, "the death", seconds=1)
 
     asyncio.run(main())
+
+
+def test_who_speaks_after_an_engine_that_was_loading_has_a_line_to_himself(capfd):
+    def said():
+        printed.append(capfd.readouterr().err)
+        return "Loading weights" in "".join(printed)
+
+    printed = []
+    client = ProcessClient(make_config(), LoadingCore)
+    asyncio.run(until(said, "the progress bar", seconds=30))
+    client.shutdown()
+    said()
+    assert "".join(printed).endswith("\n")
 
 
 def test_the_surroundings_are_those_of_the_parent(monkeypatch, tmp_path):

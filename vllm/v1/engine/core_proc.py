@@ -71,10 +71,17 @@ def _end_with_front_end(link: socket.socket, folder: str) -> None:
 
 def _leave(code: int) -> None:
     """End the process at once: there is nothing to save, and a step may be under way in another thread."""
-    for stream in (sys.stderr, sys.stdout):
+    for end in (_end_progress_bars, sys.stderr.flush, sys.stdout.flush):
         with contextlib.suppress(OSError):  # a pipe whose reader has gone, as `vllm serve | tee` leaves it
-            stream.flush()
+            end()
     os._exit(code)
+
+
+def _end_progress_bars() -> None:
+    """Leave the line to whoever speaks next: an error of the front end would stand behind the bar otherwise."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def _tell(link: socket.socket, **message: Any) -> None:
