@@ -124,8 +124,8 @@ def test_the_engine_is_stopped_for_a_while():
 
 def test_sigterm_lets_everything_finish():
     """What runs and what waits, streams and whole answers; meanwhile who comes new is refused."""
-    with RemoteServer(*LIMITS, "--max-model-len", 256, "--shutdown-timeout", 120) as server:
-        readers = [Reader(server, prompt="12+34=", max_tokens=100, stream=i % 2 == 0) for i in range(8)]
+    with RemoteServer(*LIMITS, "--max-model-len", 256) as server:
+        readers = [Reader(server, prompt="12+34=", max_tokens=80, stream=i % 2 == 0) for i in range(8)]
         until(lambda: busy(server, 4, 4), 10)
         server.send(signal.SIGTERM)
         until(lambda: server.http.get("/health").status_code == 503, 2)

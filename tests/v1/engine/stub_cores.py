@@ -35,6 +35,15 @@ class LoadingCore(StubCore):
             time.sleep(1000)
 
 
+class StickyCore(StubCore):
+    """Loading, with a progress bar that cannot be ended."""
+
+    def __init__(self, config):
+        bar = tqdm(total=1000, desc="Loading weights")
+        bar.close = lambda: sys.exit("stuck")
+        time.sleep(1000)
+
+
 class BrokenCore(StubCore):
     def __init__(self, config):
         raise RuntimeError("the device is\nnot there")

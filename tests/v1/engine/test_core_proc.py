@@ -25,6 +25,7 @@ from tests.v1.engine.stub_cores import (
     LoadingCore,
     PacedCore,
     RefusingCore,
+    StickyCore,
     StuckCore,
     TellingCore,
     VanishingCore,
@@ -178,17 +179,28 @@ def test_what_is_sent_to_an_engine_that_has_just_died_is_no_error():
     asyncio.run(main())
 
 
-def test_who_speaks_after_an_engine_that_was_loading_has_a_line_to_himself(capfd):
+def loading_and_shut_down(core_class, capfd):
+    """What an engine prints that is left while its progress bar is there."""
+
     def said():
         printed.append(capfd.readouterr().err)
         return "Loading weights" in "".join(printed)
 
     printed = []
-    client = ProcessClient(make_config(), LoadingCore)
+    client = ProcessClient(make_config(), core_class)
     asyncio.run(until(said, "the progress bar", seconds=30))
     client.shutdown()
+    assert client._process.returncode == 0, "it was killed"
     said()
-    assert "".join(printed).endswith("\n")
+    return "".join(printed)
+
+
+def test_who_speaks_after_an_engine_that_was_loading_has_a_line_to_himself(capfd):
+    assert loading_and_shut_down(LoadingCore, capfd).endswith("\n")
+
+
+def test_a_progress_bar_that_cannot_be_ended_does_not_keep_an_engine(capfd):
+    loading_and_shut_down(StickyCore, capfd)
 
 
 def test_the_surroundings_are_those_of_the_parent(monkeypatch, tmp_path):

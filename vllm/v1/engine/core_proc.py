@@ -71,10 +71,12 @@ def _end_with_front_end(link: socket.socket, folder: str) -> None:
 
 def _leave(code: int) -> None:
     """End the process at once: there is nothing to save, and a step may be under way in another thread."""
-    for end in (_end_progress_bars, sys.stderr.flush, sys.stdout.flush):
-        with contextlib.suppress(OSError):  # a pipe whose reader has gone, as `vllm serve | tee` leaves it
-            end()
-    os._exit(code)
+    try:
+        for end in (_end_progress_bars, sys.stderr.flush, sys.stdout.flush):
+            with contextlib.suppress(OSError):  # a pipe whose reader has gone, as `vllm serve | tee` leaves it
+                end()
+    finally:
+        os._exit(code)  # whatever went wrong with last words: an engine must not outlive its front end
 
 
 def _end_progress_bars() -> None:
