@@ -29,4 +29,5 @@ def test_compiles_and_fits(form):
     assert len({line["kernel"] for line in lines}) == FORMS[form]
     for line in lines:
         assert line["shared"] <= SHARED_LIMIT[line["arch"]], line
+        assert line["in_flight"] == 0, line
         assert line.get("stack", 0) <= 64, f"spills: {line}"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from vllm.model_executor.layers.fla.ops.device import dot, multiprocessors, tile_of
+from vllm.model_executor.layers.fla.ops.device import dot, multiprocessors, settled, tile_of
 
 from .fp8_gemm import fp8_gemm_triton, input_group, quantise_triton, takes_fp8
 from .quantised_gemm_plan import BK, GROUPED, Gpu, Tile, plan_quantised_gemm
@@ -65,7 +65,7 @@ def _quantised_gemm_kernel(
         a, low, high, s, z = load_words(w, w_scale, w_zero, row, w0, W_KIND, W_WORDS, GROUP, W_SCALE_ROWS, BW, DTYPE)
         # [BM, P * BW]
         x_i = tl.load(at_x + P * w0)
-        acc += dot(dense_tile(a, low, high, s, z, P, W_KIND, ZERO, GROUP, DTYPE, False), tl.trans(x_i))
+        acc = settled(acc + dot(dense_tile(a, low, high, s, z, P, W_KIND, ZERO, GROUP, DTYPE, False), tl.trans(x_i)))
     if WHOLE:
         acc *= as_scale(tl.load(w_scale + row // W_SCALE_ROWS))[:, None]
     if w_factor is not None:

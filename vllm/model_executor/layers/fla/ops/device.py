@@ -34,6 +34,15 @@ def dot(a, b):
 
 
 @triton.jit
+def settled(acc):
+    """Float32 sums, once the tensor cores are done with them: to be passed through after products in a loop whose left operand is
+    computed in registers. Triton (3.6) lets such products overlap with the next step, which fills the same registers again."""
+    if INTERPRETED:
+        return acc
+    return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def softplus(x, beta, threshold):
     """``log(1 + exp(beta * x)) / beta``, and x itself where ``beta * x`` exceeds the threshold."""
     y = beta * x

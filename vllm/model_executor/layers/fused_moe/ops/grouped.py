@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from vllm.model_executor.layers.fla.ops.device import dot
+from vllm.model_executor.layers.fla.ops.device import dot, settled
 from vllm.model_executor.layers.fused_moe.ops.grouped_fp8 import experts_fp8_triton, prefers_fp8
 from vllm.model_executor.layers.fused_moe.ops.route import Routed
 from vllm.model_executor.layers.fused_moe.ops.weights import overlapping, store_sum, swiglu
@@ -83,6 +83,8 @@ def _grouped_gate_up_kernel(
             x_i = tl.trans(tl.load(at_x + i * W13_WORDS + w0))
             gate += dot(plane(a, al, ah, sa, za, i, W13_KIND, w13_zero is not None, W13_GROUP, DTYPE), x_i)
             up += dot(plane(b, bl, bh, sb, zb, i, W13_KIND, w13_zero is not None, W13_GROUP, DTYPE), x_i)
+        if W13_KIND != "plain":
+            gate, up = settled(gate), settled(up)
     if w13_factor is not None:
         gate *= tl.load(w13_factor + row)[:, None]
         up *= tl.load(w13_factor + row + I)[:, None]
@@ -139,6 +141,8 @@ def _grouped_down_kernel(
         for i in tl.static_range(I // W2_WORDS):
             h_i = tl.trans(tl.load(at_h + i * W2_WORDS + w0))
             acc += dot(plane(a, al, ah, sa, za, i, W2_KIND, w2_zero is not None, W2_GROUP, DTYPE), h_i)
+        if W2_KIND != "plain":
+            acc = settled(acc)
     if w2_factor is not None:
         acc *= tl.load(w2_factor + row)[:, None]
     tl.store(y + choice[None, :] * D + n[:, None], acc.to(DTYPE), mask=(m < rows)[None, :] & (n < D)[:, None])
