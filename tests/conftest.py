@@ -2,10 +2,14 @@
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What earlier runs have left must not decide anything.
+_caches = tempfile.TemporaryDirectory(prefix="vllm-test-caches-")
+os.environ["VLLM_CACHE_ROOT"] = _caches.name
 
 import pytest
 import torch

@@ -61,7 +61,9 @@ def describe(fn: JITFunction, args: tuple, kwargs: dict) -> Recorded:
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not general):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
-            signature[name], attributes[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+            signature[name] = TYPES[value.dtype]
+            if value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment:
+                attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:

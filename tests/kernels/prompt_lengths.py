@@ -70,18 +70,19 @@ class Layers:
         self.windows = torch.zeros(4, 3, 2 * KEY + VALUE, dtype=DTYPE).transpose(1, 2)
         self.taps = torch.zeros(4, 2 * KEY + VALUE, dtype=DTYPE).T
 
-    def prompt(self, T: int) -> None:
-        self._gdn(T)
+    def prompt(self, T: int, behind: int) -> None:
+        """behind: sequences that decode in the same step, whose integers come first."""
+        self._gdn(T, behind)
         self._experts(T)
         self._linear(T)
         case = AttentionCase([(0, T)], 16, 2, 256, 64, DTYPE, DTYPE)
         attention_prefill.attention_prefill_triton(case.rows, case.clean, case.meta, case.scale, case.out())
 
-    def _gdn(self, T: int) -> None:
+    def _gdn(self, T: int, behind: int) -> None:
         projected = torch.zeros(T, 2 * KEY + 2 * VALUE + 2 * HEADS_V, dtype=DTYPE)
         mixed, z, b, a = projected.split([2 * KEY + VALUE, VALUE, HEADS_V, HEADS_V], dim=-1)
-        starts, slot = torch.tensor([0, T], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
-        first, vector = torch.zeros(1, dtype=torch.bool), torch.zeros(HEADS_V)
+        starts, slot = torch.tensor([0, T], dtype=torch.int32), torch.ones(2, dtype=torch.int32)[behind:][:1]
+        first, vector = torch.zeros(2, dtype=torch.bool)[behind:][:1], torch.zeros(HEADS_V)
         convolved = causal_conv1d.causal_conv1d_fn_triton(
             mixed.T, self.taps, None, self.windows, starts, slot, first, query_start_loc_cpu=[0, T]
         ).T
@@ -136,8 +137,8 @@ class Layers:
         grouped.combine_triton(y, routed.shares, x, x[:, :1], add_to)
 
 
-def compiled_by(layers: Layers, T: int) -> dict[str, str]:
-    """What Triton would compile for a prompt of T tokens: signature, constants and specialisations -> the kernel's name."""
+def compiled_by(layers: Layers, T: int, behind: int = 0) -> dict[str, str]:
+    """What Triton would compile for a prompt of T tokens, alone or behind others: signature, constants and specialisations -> the kernel's name."""
     seen: dict[str, str] = {}
 
     def run(self, *args, grid, warmup, **kwargs):
@@ -147,7 +148,7 @@ def compiled_by(layers: Layers, T: int) -> dict[str, str]:
 
     original, JITFunction.run = JITFunction.run, run
     try:
-        layers.prompt(T)
+        layers.prompt(T, behind)
     finally:
         JITFunction.run = original
     return seen
@@ -158,7 +159,7 @@ def late_kernels(layers: Layers, warmed: list[int], lengths: list[int]) -> dict[
     ready = {key for T in warmed for key in compiled_by(layers, T)}
     late: dict[str, list[int]] = {}
     for T in lengths:
-        for key, name in compiled_by(layers, T).items():
+        for key, name in (compiled_by(layers, T) | compiled_by(layers, T, behind=1)).items():
             if key not in ready:
                 late.setdefault(name, []).append(T)
     return late

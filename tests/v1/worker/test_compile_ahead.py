@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.runtime import build
 from triton.runtime.jit import JITFunction
 
 from vllm.v1.worker import compile_ahead
@@ -62,3 +63,19 @@ def test_gpu(tmp_path, monkeypatch):
     assert counts.now == counts.before == 0 and not x.any()
     _fill[(1,)](x, 64, VALUE=3, BLOCK=64)
     assert (x == 3).all()
+
+
+@pytest.mark.gpu
+def test_gpu_nothing_is_left_for_the_first_launch_to_build(tmp_path, monkeypatch):
+    """Triton 3.6 has a C compiler make a launcher for each signature."""
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    kernel, x = JITFunction(_fill.fn), torch.zeros(64, device="cuda", dtype=torch.float16)
+    with compiling_only():
+        kernel[(1,)](x, 64, VALUE=7, BLOCK=64)
+
+    def fail(*args, **kwargs):
+        raise AssertionError("built now")
+
+    monkeypatch.setattr(build, "_build", fail)
+    kernel[(1,)](x, 64, VALUE=7, BLOCK=64)
+    assert (x == 7).all()

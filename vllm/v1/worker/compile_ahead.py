@@ -7,11 +7,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import triton
 from triton import knobs
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from vllm.logger import init_logger
@@ -32,6 +33,18 @@ class Compiled:
             self.now += 1
 
 
+class _Threads(ThreadPoolExecutor):
+    """Beside a kernel, what launches it: Triton (3.6) has a C compiler make that at the first launch, and keeps it on disk too."""
+
+    def submit(self, compile_kernel: Callable, /, *args, **kwargs) -> Future:
+        def compile_both():
+            kernel = compile_kernel(*args, **kwargs)
+            driver.active.launcher_cls(kernel.src, kernel.metadata)
+            return kernel
+
+        return super().submit(compile_both)
+
+
 @contextmanager
 def compiling_only() -> Iterator[Compiled]:
     """Inside, a Triton kernel that is launched is compiled, in a thread, and does nothing; on leaving, all have been. For one thread
@@ -44,7 +57,7 @@ def compiling_only() -> Iterator[Compiled]:
 
     knobs.compilation.listener = counts
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
+        with _Threads(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
             JITFunction.run = compile_only
             try:
                 yield counts

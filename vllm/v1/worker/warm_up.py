@@ -38,6 +38,7 @@ def compile_in_threads(runner: ModelRunner) -> None:
 
     def rest() -> None:
         runner.rehearse_graphs()
+        run_largest_steps(runner)
         _run_each_length(runner)
 
     compile_ahead(lambda: runner.rehearse_graphs(1), rest)

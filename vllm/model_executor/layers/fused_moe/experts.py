@@ -27,8 +27,8 @@ WeightsOf = Callable[[torch.Tensor | slice], torch.Tensor]
 FEW_TOKENS, MOST_FEW_TOKENS = 12, 16
 """Tokens up to which each choice reads its expert's weights for itself; the second where nothing else reads them as they are stored."""
 
-LEAST_INT4_TOKENS = 2
-"""Tokens from which csrc's kernels for int4 are faster than those that read an expert for each choice."""
+LEAST_INT4_TOKENS, MOST_INT4_TOKENS = 8, 24
+"""Tokens between which csrc's kernels for int4 are the fastest: fewer have an expert each, more are waiting for tensor cores."""
 
 MAX_BYTES = 256 << 20
 """Bound on copies of expert matrices that `blocks` holds at once."""
@@ -66,7 +66,7 @@ def plan_experts(
     choices = tokens * top_k
     if device == "cpu":
         return ExpertsPlan("loop")
-    if LEAST_INT4_TOKENS <= tokens <= int4_tokens:
+    if LEAST_INT4_TOKENS <= tokens <= min(int4_tokens, MOST_INT4_TOKENS):
         return ExpertsPlan("int4")
     if kernels and 0 < tokens <= (FEW_TOKENS if tiles else MOST_FEW_TOKENS):
         return ExpertsPlan("few")

@@ -29,6 +29,8 @@ MOST_TOKENS, MOST_EXPERTS, MOST_CHOICES = 64, 512, 32
 """Bounds of the kernels: tokens, experts of a layer, choices of a token."""
 TOGETHER = 8
 """Tokens that have an expert in common and share a product."""
+STAGES = 3
+"""Of the rings through which weights come."""
 
 
 @dataclass(frozen=True)
@@ -74,25 +76,17 @@ def plan_int4(
     slots13: tuple[int, int],
     slots2: tuple[int, int],
 ) -> Int4Plan | None:
-    """As many copies under way as there is room for; None where there is too little. A pure function of sizes and formats.
+    """Three stages, or fewer warps where there is no room for as many; None where there is too little for that. A pure function of
+    sizes and formats. A fourth stage keeps the next kernel from coming onto the multiprocessor early, which costs more than it brings.
 
     Args:
         slots13, slots2: `slots_of` both matrices.
     """
     lists = most_lists(tokens, num_experts, top_k)
-    down = [
-        (warps, stages)
-        for warps in (16, 8)
-        for stages in (4, 3)
-        if shared_bytes(tokens, lists, stages, warps, slots2, 16) <= memory.block
-    ]
-    needs = {stages: shared_bytes(tokens, lists, stages, 8, slots13, 32) for stages in (4, 3)}
-    gate_up = [stages for stages, bytes_ in needs.items() if bytes_ <= memory.block]
-    if not down or not gate_up:
+    down = [warps for warps in (16, 8) if shared_bytes(tokens, lists, STAGES, warps, slots2, 16) <= memory.block]
+    if not down or shared_bytes(tokens, lists, STAGES, 8, slots13, 32) > memory.block:
         return None
-    # two blocks of gate_up on a multiprocessor are worth more than one stage; the driver takes 1 KiB of each
-    pairs = [stages for stages in gate_up if 2 * (needs[stages] + 1024) <= memory.multiprocessor]
-    return Int4Plan((pairs or gate_up)[0], *down[0])
+    return Int4Plan(STAGES, down[0], STAGES)
 
 
 def slots_of(weight: KernelWeight) -> tuple[int, int]:
