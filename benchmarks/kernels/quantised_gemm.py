@@ -107,6 +107,7 @@ def measure(label: str, kind: str, rows: list[int], rate: float, report: Callabl
     size = sum(p.numel() * p.element_size() for p in first.parameters())
     layers = [first, *(make(scheme, N, K, i) for i in range(1, max(2, min(16, COLD // size))))]
     weights = [scheme.kernel_weight(layer) for layer in layers]
+    group = input_group(weights[0], K) if takes_fp8(weights[0], K) else 0
     plain = [scheme.all(layer) for layer in layers]
     for M in rows:
         x = torch.randn(M, K, device="cuda").bfloat16()
@@ -119,7 +120,7 @@ def measure(label: str, kind: str, rows: list[int], rate: float, report: Callabl
         chains = {name: [partial(way, x, *pair) for pair in zip(layers, weights)] for name, way in found.items()}
         chains["bf16"] = [partial(F.linear, x, w) for w in plain]
         times = interleaved_us(chains, rounds=9)
-        plan = plan_quantised_gemm(gpu_of(x.device), M, N, K, weights[0].kind, takes_fp8(weights[0], K))
+        plan = plan_quantised_gemm(gpu_of(x.device), M, N, K, group)
         planned = plan.form if plan.tile is None else f"{plan.form} {plan.tile.BM}x{plan.tile.BN}"
         ours = {name: us for name, us in times.items() if name not in ("bf16", "pytorch", "scaled_mm")}
         best = min(ours, key=ours.get)

@@ -15,7 +15,6 @@ from vllm.model_executor.layers.fused_moe.ops.front import front_torch
 from vllm.model_executor.layers.fused_moe.ops.int4 import (
     MOST_TOKENS,
     Int4Plan,
-    SharedMemory,
     int4_tokens,
     moe_int4_cuda,
     most_lists,
@@ -29,7 +28,7 @@ from vllm.model_executor.layers.ops.rms_norm import Unnormed
 from vllm.model_executor.layers.quantization.base import KernelWeight
 
 FORMS = ("int4", "int4 zero", "int4 128")
-H200, RTX = SharedMemory(232448, 233472), SharedMemory(101376, 102400)
+H200, RTX = 232448, 101376
 PLAN = Int4Plan(4, 8, 4)
 
 
@@ -223,9 +222,9 @@ def test_plans_of_the_published_shapes(form, E, D, I, top_k):
         plans = [plan_int4(memory, T, E, top_k, *slots) for T in range(1, MOST_TOKENS + 1)]
         assert all(plans)
         assert plans[7].down_warps == 16
-    little = [plan_int4(SharedMemory(90_000, 90_000), T, E, top_k, *slots) for T in range(1, MOST_TOKENS + 1)]
+    little = [plan_int4(90_000, T, E, top_k, *slots) for T in range(1, MOST_TOKENS + 1)]
     assert [plan is None for plan in little] == sorted(plan is None for plan in little), "more tokens need more"
-    assert plan_int4(SharedMemory(0, 0), 1, E, top_k, *slots) is None
+    assert plan_int4(0, 1, E, top_k, *slots) is None
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -27,7 +27,7 @@ WeightsOf = Callable[[torch.Tensor | slice], torch.Tensor]
 FEW_TOKENS, MOST_FEW_TOKENS = 12, 16
 """Tokens up to which each choice reads its expert's weights for itself; the second where nothing else reads them as they are stored."""
 
-LEAST_INT4_TOKENS, MOST_INT4_TOKENS = 8, 24
+LEAST_INT4_TOKENS, MOST_INT4_TOKENS = 4, 24
 """Tokens between which csrc's kernels for int4 are the fastest: fewer have an expert each, more are waiting for tensor cores."""
 
 MAX_BYTES = 256 << 20

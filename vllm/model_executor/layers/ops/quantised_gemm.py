@@ -192,14 +192,15 @@ def quantised_linear(x: torch.Tensor, weight: KernelWeight) -> torch.Tensor | No
     if y is not None or not fits(x, weight):
         return y
     N, K = weight.values.shape[0], x.shape[-1]
-    plan = plan_quantised_gemm(gpu_of(x.device), x.numel() // K, N, K, weight.kind, takes_fp8(weight, K))
+    group = input_group(weight, K) if takes_fp8(weight, K) else 0
+    plan = plan_quantised_gemm(gpu_of(x.device), x.numel() // K, N, K, group)
     if plan is None:
         return None
     if plan.form == "copy":
         return F.linear(x, dequantise_triton(weight, x.dtype))
     rows = x.reshape(-1, K).contiguous()
     if plan.form == "fp8":
-        y = fp8_gemm_triton(*quantise_triton(rows, input_group(weight, K)), weight, x.dtype, plan.tile)
+        y = fp8_gemm_triton(*quantise_triton(rows, group), weight, x.dtype, plan.tile)
     else:
         y = quantised_gemm_triton(rows, weight, plan.tile)
     return y.view(*x.shape[:-1], N)

@@ -17,12 +17,16 @@ GROUPED = 8
 FP8_CAPABILITY, REGISTERS_CAPABILITY = (8, 9), (9, 0)
 """Of GPUs that multiply 8-bit floats, and of those that do arithmetic on pairs of bfloat16."""
 
-MOST_IN_REGISTERS = {"int4": 1024, "int8": 1024, "fp8": 1024, "fp4": 1024}
-"""Rows of x up to which a weight of each kind is dequantised in registers. Not measured; 512, 1024 or none are what the prompts of the
-warm-up compile kernels for."""
+MOST_IN_REGISTERS = {True: 128, False: 1024}
+"""Rows of x up to which W is dequantised in registers, on GPUs with 227 KiB of shared memory a block (measured on an H200, where a copy
+takes as long at 256 rows and less from there on) and on others (not measured: they multiply more slowly beside what they copy)."""
 
 LEAST_FP8_ROWS = 129
 """Rows of x from which it is quantised, where that is asked for: fewer wait for W either way, and are more exact in 16 bits."""
+
+MOST_FP8_ROWS = {True: 1024, False: None}
+"""Rows of x up to which it is, where a weight has a scale for every block: on an H200, sums that are scaled every 128 columns keep its
+tensor cores from more than half their rate in 8 bits, and lose to a copy."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +52,21 @@ class Tile:
 
 TILES = {
     "registers": {
-        True: (Tile(256, 128, 8, 3, 1.0), Tile(128, 128, 8, 4, 0.9), Tile(64, 128, 4, 3, 0.7), Tile(64, 64, 4, 4, 0.5)),
+        True: (
+            Tile(256, 128, 8, 3, 1.0),
+            Tile(128, 128, 8, 4, 0.86),
+            Tile(64, 128, 4, 3, 0.87),
+            Tile(64, 64, 4, 4, 0.8),
+        ),
         False: (Tile(128, 64, 4, 3, 1.0), Tile(64, 64, 4, 4, 0.7)),
     },
     "fp8": {
-        True: (Tile(128, 128, 8, 4, 1.0), Tile(64, 128, 4, 4, 0.7), Tile(64, 64, 4, 4, 0.5)),
+        True: (Tile(128, 128, 8, 4, 0.89), Tile(64, 128, 4, 4, 1.0), Tile(64, 64, 4, 4, 0.85)),
         False: (Tile(128, 128, 8, 3, 1.0), Tile(64, 128, 4, 3, 0.9), Tile(64, 64, 4, 4, 0.6)),
     },
 }
-"""Of each way: those for 227 KiB of shared memory a block (sm_90, sm_100), and for the 99 KiB of consumer GPUs. Speeds are guesses."""
+"""Of each way: those for 227 KiB of shared memory a block (sm_90, sm_100), and for the 99 KiB of consumer GPUs. Speeds of the
+former are measured, those of the latter guessed."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +77,23 @@ class ManyRows:
     tile: Tile | None = None
 
 
-def plan_quantised_gemm(gpu: Gpu, M: int, N: int, K: int, kind: str, fp8_inputs: bool = False) -> ManyRows | None:
+def plan_quantised_gemm(gpu: Gpu, M: int, N: int, K: int, fp8_group: int = 0) -> ManyRows | None:
     """The fastest way for M rows of x [M, K] and a weight [N, K], or None where no kernel runs: a GPU that lacks the instructions, or
     a K that no step divides.
 
     Args:
-        kind: of a :class:`~vllm.model_executor.layers.quantization.base.KernelWeight`, but for "plain".
-        fp8_inputs: whether x may be quantised to 8-bit floats, and scales allow for it.
+        fp8_group: columns of a row of x that share a scale where x may be quantised to 8-bit floats; 0: it may not.
     """
-    form = "fp8" if fp8_inputs and M >= LEAST_FP8_ROWS else "registers"
+    large = gpu.capability[0] in (9, 10)
+    most_fp8 = None if fp8_group == K else MOST_FP8_ROWS[large]
+    form = "fp8" if fp8_group and LEAST_FP8_ROWS <= M <= (most_fp8 or M) else "registers"
     if K % BK or gpu.capability < (FP8_CAPABILITY if form == "fp8" else REGISTERS_CAPABILITY):
         return None
     # sizes of prompts in a few classes, so that the warm-up meets every tile
     rows = min(1024, 1 << max(0, M - 1).bit_length())
-    if form == "registers" and MOST_IN_REGISTERS[kind] < M:
+    if form == "registers" and MOST_IN_REGISTERS[large] < M:
         return ManyRows("copy")
-    tiles = TILES[form][gpu.capability[0] in (9, 10)]
-    return ManyRows(form, min(tiles, key=lambda tile: _time(tile, gpu, rows, N)))
+    return ManyRows(form, min(TILES[form][large], key=lambda tile: _time(tile, gpu, rows, N)))
 
 
 def _time(tile: Tile, gpu: Gpu, M: int, N: int) -> float:

@@ -34,14 +34,6 @@ STAGES = 3
 
 
 @dataclass(frozen=True)
-class SharedMemory:
-    """Bytes of shared memory that a block may have, and that a multiprocessor has; 0 where csrc's kernels do not run."""
-
-    block: int
-    multiprocessor: int
-
-
-@dataclass(frozen=True)
 class Int4Plan:
     """Stages of the rings of both kernels, and warps of `down`."""
 
@@ -69,7 +61,7 @@ def shared_bytes(tokens: int, lists: int, stages: int, warps: int, zeros: tuple[
 
 @lru_cache(maxsize=4096)
 def plan_int4(
-    memory: SharedMemory,
+    memory: int,
     tokens: int,
     num_experts: int,
     top_k: int,
@@ -80,11 +72,12 @@ def plan_int4(
     sizes and formats. A fourth stage keeps the next kernel from coming onto the multiprocessor early, which costs more than it brings.
 
     Args:
+        memory: bytes of shared memory that a block may have.
         slots13, slots2: `slots_of` both matrices.
     """
     lists = most_lists(tokens, num_experts, top_k)
-    down = [warps for warps in (16, 8) if shared_bytes(tokens, lists, STAGES, warps, slots2, 16) <= memory.block]
-    if not down or shared_bytes(tokens, lists, STAGES, 8, slots13, 32) > memory.block:
+    down = [warps for warps in (16, 8) if shared_bytes(tokens, lists, STAGES, warps, slots2, 16) <= memory]
+    if not down or shared_bytes(tokens, lists, STAGES, 8, slots13, 32) > memory:
         return None
     return Int4Plan(STAGES, down[0], STAGES)
 
@@ -123,12 +116,11 @@ def int4_tokens(like: torch.Tensor, weights: MoEWeights, top_k: int) -> int:
 
 
 @lru_cache
-def shared_memory(device: torch.device) -> SharedMemory:
-    """What csrc's kernels find on this device."""
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have; 0 where csrc's kernels do not run."""
     if not (overlaps_launches(device) and ops.available(device)):
-        return SharedMemory(0, 0)
-    found = torch.cuda.get_device_properties(device)
-    return SharedMemory(found.shared_memory_per_block_optin, found.shared_memory_per_multiprocessor)
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def moe_int4_cuda(
