@@ -166,10 +166,9 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
 #pragma unroll 1
   for (int tile = first; tile < end; ++tile) {
     const int out_row = threadIdx.x % kRows, n = tile * kRows + out_row;  // of this thread's outputs
-    // The word in which the row's only scale is: one load, for which nobody waits before the tile's end.
+    // The row's only scale is asked for early: nobody waits for it before the tile's end.
     const unsigned char* const only_scale = p.scale + scale_row(p, n) * p.scale_row;
-    const unsigned beyond = reinterpret_cast<uintptr_t>(only_scale) & 3;
-    const unsigned row_scale = K::kRow ? *reinterpret_cast<const unsigned*>(only_scale - beyond) : 0;
+    const unsigned row_scale = K::kRow ? scale_bits(only_scale, 0, p.scale_type) : 0;
     float further = sums_larger(K::kFormat);  // factor of the sums
     if (K::kFp4 && p.row_scale != nullptr) further *= p.row_scale[min(n, p.N - 1)];
     ScaleRows<K> own{};
@@ -236,7 +235,7 @@ __global__ void __launch_bounds__(kWarps * 32, K::kBlocks)
       }
     }
     __syncthreads();
-    const float factor = further * (K::kRow ? scale_value(row_scale >> 8 * beyond, p.scale_type) : 1.f);
+    const float factor = further * (K::kRow ? scale_value(row_scale, p.scale_type) : 1.f);
 #pragma unroll
     for (int i = 0; i < (K::kOut * kRows + kWarps * 32 - 1) / (kWarps * 32); ++i) {
       const int column = threadIdx.x / kRows + i * (kWarps * 32 / kRows);

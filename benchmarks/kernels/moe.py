@@ -65,12 +65,12 @@ def forced(plan: ExpertsPlan | None, fp8_inputs: bool = True):
     return call
 
 
-def ways(tokens: int, dense: bool) -> dict[str, ExpertsPlan | None]:
+def ways(tokens: int, weights: str) -> dict[str, ExpertsPlan | None]:
     """What is worth timing at this size; "auto" is what the layer does."""
     found: dict[str, ExpertsPlan | None] = {"auto": None, "auto_again": None}
     if tokens <= 16:
         found["few"] = ExpertsPlan("few")
-    if tokens <= 64 and not dense:
+    if tokens <= 64 and weights.startswith("int4"):
         found["int4"] = ExpertsPlan("int4")
     if tokens > 1:
         found |= {
@@ -78,7 +78,7 @@ def ways(tokens: int, dense: bool) -> dict[str, ExpertsPlan | None]:
             for block in (16, 32, 64, 128)
             if block <= max(16, tokens // 2)
         }
-    if dense or tokens >= 256:
+    if weights == "bf16" or tokens >= 256:
         found["grouped"] = ExpertsPlan("grouped")
     return found
 
@@ -96,7 +96,7 @@ def measure(layers: tuple[SparseMoE, ...], tokens: int, weights: str, bandwidth:
     calls = 8 if tokens <= 256 else LAYERS
     xs = [torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(calls)]
     pairs = [(layers[i % LAYERS], x) for i, x in enumerate(xs)]
-    timed = {name: forced(plan) for name, plan in ways(tokens, weights == "bf16").items()}
+    timed = {name: forced(plan) for name, plan in ways(tokens, weights).items()}
     if weights == "fp8 blocks" and tokens >= 64:
         timed["tiles_32_16bit_inputs"] = forced(ExpertsPlan("tiles", 32), fp8_inputs=False)
     results = {name: call(*pairs[0]).float() for name, call in timed.items()}

@@ -112,6 +112,9 @@ def test_when_x_is_quantised():
         for group in (128, 4096)
     }
     assert forms[(9, 0), 128] == ["registers", "fp8", "fp8", "copy", "copy"]
+    library = [plan_quantised_gemm(H200, M, 4096, 4096, 4096, library=True).form for M in (128, 129, 256, 257, 9000)]
+    assert library == ["registers", "fp8", "fp8", "library", "library"]
+    assert plan_quantised_gemm(CONSUMER, 9000, 4096, 4096, 4096, library=True).form == "fp8", "not measured there"
     assert all(found == ["registers"] + ["fp8"] * 4 for key, found in forms.items() if key != ((9, 0), 128))
 
 
@@ -153,6 +156,20 @@ def test_dispatch(monkeypatch):
     monkeypatch.setattr(module, "quantised_gemm", lambda x, w: calls.append("few"))
     assert_close(quantised_linear(x[:1], made), want[:1], 2e-2)
     assert calls[4:] == ["few", "registers"]
+
+
+def test_many_rows_of_fp8_go_to_the_library_where_it_takes_them(monkeypatch):
+    """Its results are bfloat16, its sizes multiples of 16."""
+    calls = []
+    monkeypatch.setattr(module, "gpu_of", lambda device: H200)
+    monkeypatch.setattr(module, "quantise_triton", quantise_torch)
+    monkeypatch.setattr(module, "fp8_gemm_library", lambda *args: calls.append("library") or fp8_gemm_torch(*args))
+    monkeypatch.setattr(module, "fp8_gemm_triton", lambda *args: calls.append("ours") or fp8_gemm_torch(*args[:-1]))
+    for N, form, dtype in ((48, "fp8 row", "bfloat16"), (40, "fp8 row", "bfloat16"), (48, "fp8 row", "float16")):
+        weight = dataclasses.replace(stored((N, 256), form, torch.float32, "cpu"), quantize_inputs=True)
+        x = torch.randn(300, 256).to(getattr(torch, dtype))
+        assert_close(quantised_linear(x, weight), x.float() @ dense(weight).T, 6e-2)
+    assert calls == ["library", "ours", "ours"]
 
 
 # On a GPU

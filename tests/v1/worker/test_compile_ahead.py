@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import build
+from triton.runtime._async_compile import AsyncCompileMode, active_mode
 from triton.runtime.jit import JITFunction
 
 from vllm.v1.worker import compile_ahead
@@ -104,6 +106,29 @@ def test_what_a_child_does_not_finish_is_compiled_here(tmp_path, monkeypatch):
         later = [threads.submit(lambda: SimpleNamespace(src=threads.may_compile(), metadata=None)) for _ in range(50)]
         assert not any(future.result().src for future in later), "the next kernels have children again"
     assert time.monotonic() - start < 30
+
+
+def test_without_a_child_it_is_compiled_here(tmp_path, monkeypatch):
+    def refuse():
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "fork", refuse)
+    with Compiling() as threads:
+        assert Disk(tmp_path, threads, monkeypatch).kernel("new").result().maker == os.getpid()
+
+
+def test_a_kernel_that_cannot_be_compiled_says_so_and_leaves_nothing_behind(monkeypatch):
+    def fail():
+        raise ValueError("no such instruction")
+
+    def launch(self, *args, grid, warmup, **kwargs):
+        hooks = len(signature(AsyncCompileMode.submit).parameters) - 3  # one in Triton 3.6, two later
+        active_mode.get().submit("key", fail, *[lambda kernel: None] * hooks)
+
+    monkeypatch.setattr(JITFunction, "run", launch)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no such instruction"), compiling_only():
+            JITFunction(_fill.fn)[(1,)](1)
 
 
 def compile_for_a_gpu() -> None:

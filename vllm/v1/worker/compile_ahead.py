@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import triton
 from triton.compiler import ASTSource
+from triton.runtime._async_compile import active_mode
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -39,7 +40,7 @@ class Compiling(ThreadPoolExecutor):
     def __init__(self) -> None:
         super().__init__(os.cpu_count())
         self.compiled = 0
-        self._counting = threading.Lock()
+        self._one_at_a_time = threading.Lock()
         self._futures: list[Future] = []
         self._here = threading.local()
 
@@ -64,7 +65,7 @@ class Compiling(ThreadPoolExecutor):
         try:
             return make()
         except NotOnDisk:
-            with self._counting:
+            with self._one_at_a_time:
                 self.compiled += 1
         self._in_child(make)
         # a child may have failed: then we compile, or find out why it did
@@ -75,7 +76,13 @@ class Compiling(ThreadPoolExecutor):
             self._here.compiles = False
 
     def _in_child(self, work: Callable) -> None:
-        child = os.fork()
+        try:
+            # libraries have hooks that two forks at once would confuse
+            with self._one_at_a_time:
+                child = os.fork()
+        except (OSError, RuntimeError) as error:
+            logger.debug("no child to compile a kernel: %s", error)
+            return
         if child == 0:
             try:
                 self._here.compiles = True
@@ -118,6 +125,8 @@ def compiling_only() -> Iterator[Compiling]:
                     JITFunction.run = run
         finally:
             ASTSource.make_ir = make_ir
+            # Triton 3.6 leaves it set where a kernel cannot be compiled
+            active_mode.set(None)
 
 
 def compile_ahead(first: Callable[[], None], rest: Callable[[], None]) -> None:

@@ -148,6 +148,13 @@ def fp8_gemm_triton(
     return y
 
 
+def fp8_gemm_library(q: torch.Tensor, scale: torch.Tensor, weight: KernelWeight, dtype: torch.dtype) -> torch.Tensor:
+    """:func:`fp8_gemm_torch` by cuBLAS, for weights with one scale a row, N and K multiples of 16, and bfloat16 results."""
+    rows = weight.scale.float().view(-1)
+    columns = rows.repeat_interleave(weight.scale_rows)[: weight.values.shape[0]] if weight.scale_rows > 1 else rows
+    return torch._scaled_mm(q, weight.values.T, scale.view(-1, 1), columns.view(1, -1), out_dtype=dtype)
+
+
 def fp8_gemm_torch(q: torch.Tensor, scale: torch.Tensor, weight: KernelWeight, dtype: torch.dtype) -> torch.Tensor:
     """(q * scale) @ Wᵀ -> [M, N], computed in float32.
 

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from vllm.model_executor.layers.fla.ops.device import dot, multiprocessors, settled, tile_of
 
-from .fp8_gemm import fp8_gemm_triton, input_group, quantise_triton, takes_fp8
+from .fp8_gemm import fp8_gemm_library, fp8_gemm_triton, input_group, quantise_triton, takes_fp8
 from .quantised_gemm_plan import BK, GROUPED, Gpu, Tile, plan_quantised_gemm
 from .skinny_gemm import MOST_SLICED_ROWS, few_rows, quantised_gemm
 from .stored_weight import PLANES, SIXTEEN_BIT, as_scale, dense, dense_tile, load_words, operands, regular
@@ -193,13 +193,16 @@ def quantised_linear(x: torch.Tensor, weight: KernelWeight) -> torch.Tensor | No
         return y
     N, K = weight.values.shape[0], x.shape[-1]
     group = input_group(weight, K) if takes_fp8(weight, K) else 0
-    plan = plan_quantised_gemm(gpu_of(x.device), x.numel() // K, N, K, group)
+    library = group == K and N % 16 == 0 and x.dtype == torch.bfloat16
+    plan = plan_quantised_gemm(gpu_of(x.device), x.numel() // K, N, K, group, library)
     if plan is None:
         return None
     if plan.form == "copy":
         return F.linear(x, dequantise_triton(weight, x.dtype))
     rows = x.reshape(-1, K).contiguous()
-    if plan.form == "fp8":
+    if plan.form == "library":
+        y = fp8_gemm_library(*quantise_triton(rows, group), weight, x.dtype)
+    elif plan.form == "fp8":
         y = fp8_gemm_triton(*quantise_triton(rows, group), weight, x.dtype, plan.tile)
     else:
         y = quantised_gemm_triton(rows, weight, plan.tile)

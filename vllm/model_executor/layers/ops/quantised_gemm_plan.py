@@ -29,6 +29,10 @@ MOST_FP8_ROWS = {True: 1024, False: None}
 tensor cores from more than half their rate in 8 bits, and lose to a copy."""
 
 
+LEAST_LIBRARY_ROWS = 257
+"""Rows of x from which cuBLAS multiplies 8-bit floats with one scale a row, on GPUs of the former kind."""
+
+
 @dataclass(frozen=True)
 class Gpu:
     capability: tuple[int, int]
@@ -71,24 +75,28 @@ former are measured, those of the latter guessed."""
 
 @dataclass(frozen=True)
 class ManyRows:
-    """form: "registers" (W dequantised there), "fp8" (products of 8-bit floats), "copy" (a dense copy made by one kernel, then cuBLAS)."""
+    """form: "registers" (W dequantised there), "fp8" (products of 8-bit floats), "library" (those by cuBLAS), "copy" (a dense copy made
+    by one kernel, then cuBLAS)."""
 
     form: str
     tile: Tile | None = None
 
 
-def plan_quantised_gemm(gpu: Gpu, M: int, N: int, K: int, fp8_group: int = 0) -> ManyRows | None:
+def plan_quantised_gemm(gpu: Gpu, M: int, N: int, K: int, fp8_group: int = 0, library: bool = False) -> ManyRows | None:
     """The fastest way for M rows of x [M, K] and a weight [N, K], or None where no kernel runs: a GPU that lacks the instructions, or
     a K that no step divides.
 
     Args:
         fp8_group: columns of a row of x that share a scale where x may be quantised to 8-bit floats; 0: it may not.
+        library: whether cuBLAS takes such products, of one scale a row.
     """
     large = gpu.capability[0] in (9, 10)
     most_fp8 = None if fp8_group == K else MOST_FP8_ROWS[large]
     form = "fp8" if fp8_group and LEAST_FP8_ROWS <= M <= (most_fp8 or M) else "registers"
     if K % BK or gpu.capability < (FP8_CAPABILITY if form == "fp8" else REGISTERS_CAPABILITY):
         return None
+    if form == "fp8" and library and large and M >= LEAST_LIBRARY_ROWS:
+        return ManyRows("library")
     # sizes of prompts in a few classes, so that the warm-up meets every tile
     rows = min(1024, 1 << max(0, M - 1).bit_length())
     if form == "registers" and MOST_IN_REGISTERS[large] < M:
