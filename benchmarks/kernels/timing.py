@@ -91,13 +91,14 @@ def git_hash() -> str | None:
 
 
 def write_result(path: Path | None, name: str, bandwidth: dict[str, float], **results: object) -> None:
-    """One JSON file: where and with what it was measured, then the results."""
+    """One JSON file: where and with what it was measured, then the results. git: the commit, where the caller was told it."""
     if path is None:
         return
+    git = results.pop("git", None) or git_hash()
     result = {
         "benchmark": f"kernels/{name}",
         "command": " ".join(["python", "-m", f"benchmarks.kernels.{name}", *sys.argv[1:]]),
-        "git": git_hash(),
+        "git": git,
         "date": date.today().isoformat(),
         "gpu": torch.cuda.get_device_name(),
         "vllm": __version__,
