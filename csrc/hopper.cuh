@@ -33,6 +33,20 @@ __device__ inline unsigned mask_or(unsigned x, unsigned mask, unsigned bits) {
   return y;
 }
 
+// The same of what x has not.
+__device__ inline unsigned mask_not_or(unsigned x, unsigned mask, unsigned bits) {
+  unsigned y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xAE;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
+}
+
+// The bits of a where mask has any, of b elsewhere.
+__device__ inline unsigned choose_bits(unsigned mask, unsigned a, unsigned b) {
+  unsigned y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(y) : "r"(mask), "r"(a), "r"(b));
+  return y;
+}
+
 // Two bfloat16 at once.
 __device__ inline unsigned sub2(unsigned a, unsigned b) {
   unsigned c;
@@ -48,6 +62,18 @@ __device__ inline unsigned fma2(unsigned a, unsigned b, unsigned c) {
   unsigned d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
+}
+
+// One half of x in both: for nothing where it is an operand of the above, which a permutation of bytes is not.
+__device__ inline unsigned low_twice(unsigned x) {
+  unsigned y;
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {low, low};}" : "=r"(y) : "r"(x));
+  return y;
+}
+__device__ inline unsigned high_twice(unsigned x) {
+  unsigned y;
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {high, high};}" : "=r"(y) : "r"(x));
+  return y;
 }
 
 // Wait for the others of these threads of a block, which all know each other by this number (1 to 15).

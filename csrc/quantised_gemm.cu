@@ -46,21 +46,25 @@ void run(const Tensor& out, const Tensor& x, Problem p, int64_t ring) {
                                     static_cast<const bf16*>(x.data_ptr()), p));
 }
 
-int scale_type(const Tensor& scale) {
+int scale_type(const Tensor& scale, Format format) {
   const ScalarType type = scale.scalar_type();
+  if (format == Format::kFp4) {
+    STD_TORCH_CHECK(type == ScalarType::Float8_e4m3fn, "scales of uint8 weights must be float8_e4m3fn");
+    return 0;
+  }
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half || type == ScalarType::Float,
                   "scales must be bfloat16, float16 or float32");
   return type == ScalarType::BFloat16 ? 0 : type == ScalarType::Half ? 1 : 2;
 }
 
-void check_scales(Problem& p, Format format, const Tensor& scale, const std::optional<Tensor>& zero, int64_t columns,
-                  int64_t group, int64_t scale_rows) {
+void check_scales(Problem& p, Format format, const Tensor& scale, const std::optional<Tensor>& zero,
+                  const std::optional<Tensor>& row_scale, int64_t columns, int64_t group, int64_t scale_rows) {
   const int64_t groups = (columns + group - 1) / group;
   STD_TORCH_CHECK(scale_rows >= 1 && scale.dim() == 2 && scale.stride(1) == 1 &&
                       scale.size(0) == (p.N + scale_rows - 1) / scale_rows && scale.size(1) == groups,
                   "scale must hold one number for each ", scale_rows, " x ", group, " of [", p.N, ", ", columns, "]");
   p.scale = static_cast<const unsigned char*>(scale.data_ptr());
-  p.scale_type = scale_type(scale);
+  p.scale_type = scale_type(scale, format);
   p.scale_row = scale.stride(0) * scale.element_size();
   p.scale_rows = int(scale_rows);
   if (zero.has_value()) {
@@ -70,18 +74,25 @@ void check_scales(Problem& p, Format format, const Tensor& scale, const std::opt
     p.zero = static_cast<const unsigned char*>(zero->data_ptr());
     p.zero_row = zero->stride(0);
   }
+  if (row_scale.has_value()) {
+    STD_TORCH_CHECK(format == Format::kFp4 && row_scale->scalar_type() == ScalarType::Float && row_scale->dim() == 1 &&
+                        row_scale->size(0) == p.N && (p.N == 1 || row_scale->stride(0) == 1),
+                    "row_scale must be float32 [", p.N, "], with fp4");
+    p.row_scale = static_cast<const float*>(row_scale->data_ptr());
+  }
 }
 
 void quantised_gemm(const Tensor out, const Tensor x, const Tensor weight, const Tensor scale,
-                    const std::optional<Tensor> zero, int64_t bits, int64_t group, int64_t scale_rows, int64_t ring,
-                    int64_t late) {
+                    const std::optional<Tensor> zero, const std::optional<Tensor> row_scale, int64_t bits,
+                    int64_t group, int64_t scale_rows, int64_t ring, int64_t late) {
   STD_TORCH_CHECK(bits == 4 || bits == 8, "weights of ", bits, " bits have no kernel");
-  const bool floats = weight.scalar_type() == ScalarType::Float8_e4m3fn;
-  const Format format = floats ? Format::kFp8 : bits == 4 ? Format::kInt4 : Format::kInt8;
+  const bool floats = weight.scalar_type() != ScalarType::Int, four = bits == 4;
+  const Format format = floats ? (four ? Format::kFp4 : Format::kFp8) : four ? Format::kInt4 : Format::kInt8;
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 && out.scalar_type() == ScalarType::BFloat16,
                   "x and out must be bfloat16");
   STD_TORCH_CHECK(x.dim() == 2 && out.dim() == 2 && weight.dim() == 2, "x, weight and out must be matrices");
-  STD_TORCH_CHECK(floats || weight.scalar_type() == ScalarType::Int, "weight must be int32 words or float8_e4m3fn");
+  STD_TORCH_CHECK(!floats || weight.scalar_type() == (four ? ScalarType::Byte : ScalarType::Float8_e4m3fn),
+                  "weight must be int32 words, float8_e4m3fn or, for floats of 4 bits, uint8");
   check_rows(x, "x", 16, x);
   check_rows(out, "out", 2, x);
   check_rows(weight, "weight", 16, x);
@@ -99,7 +110,7 @@ void quantised_gemm(const Tensor out, const Tensor x, const Tensor weight, const
   p.w_row = weight.stride(0) * weight.element_size();
   STD_TORCH_CHECK(p.x_row < (1 << 26) && p.w_row < (1 << 26), "rows of x or weight are too far apart");
   STD_TORCH_CHECK(group >= 1, "groups of ", group, " columns cannot be read");
-  check_scales(p, format, scale, zero, K, group, scale_rows);
+  check_scales(p, format, scale, zero, row_scale, K, group, scale_rows);
   const Plan plan = plan_scales(p, format, K, group);
   STD_TORCH_CHECK(plan.share > 0, "groups of ", group, " of ", K, " columns, or where they lie, cannot be read");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -107,6 +118,7 @@ void quantised_gemm(const Tensor out, const Tensor x, const Tensor weight, const
   STD_TORCH_CHECK(attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9,
                   "overlapping launches need sm_90 or newer");
   with_kind(p, format, plan, 2 * attribute(cudaDevAttrMultiProcessorCount, device),
+            attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
             [&](auto kind) { run<decltype(kind)>(out, x, p, ring); });
 }
 
@@ -115,8 +127,8 @@ void quantised_gemm(const Tensor out, const Tensor x, const Tensor weight, const
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_c, m) {
   m.def(
-      "quantised_gemm(Tensor(a!) out, Tensor x, Tensor weight, Tensor scale, Tensor? zero, int bits, int group, "
-      "int scale_rows, int ring, int late) -> ()");
+      "quantised_gemm(Tensor(a!) out, Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? row_scale, "
+      "int bits, int group, int scale_rows, int ring, int late) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_c, CUDA, m) { m.impl("quantised_gemm", TORCH_BOX(&vllm::quantised_gemm)); }

@@ -15,16 +15,20 @@ struct Plan {
 // Plans for scales of these columns, of which the rest of `p` is known.
 inline Plan plan_scales(Problem& p, Format format, int64_t columns, int64_t group) {
   const int64_t step = 4 * elements(format), whole = 4 * step;
+  if (format == Format::kFp4) {  // two groups of a step as one
+    if (group != 16) return {};
+    group = step;
+  }
   int bits = 0;
   while (int64_t{1} << bits < p.scale_rows) ++bits;
   p.inverse_shift = 31 + bits;  // exact for all n below 2^31
   p.inverse = unsigned(((int64_t{1} << p.inverse_shift) + p.scale_rows - 1) / p.scale_rows);
-  if (group >= columns && format != Format::kInt4) return {Scaling::kRow, 4};
+  if (group >= columns && elements(format) == 4) return {Scaling::kRow, 4};
   int64_t chunks = 1;  // that share a scale
   while (whole * chunks < group && whole * chunks < columns) chunks *= 2, ++p.shared_chunks;
   const bool few = group < whole;
   const int share = few ? int(group / step) : 4;
-  const bool known = share == 4 || (share == 1 && format == Format::kInt4) || (share == 2 && format == Format::kInt8);
+  const bool known = share == 4 || (share == 1 && elements(format) == 8) || (share == 2 && format == Format::kInt8);
   if (!known || columns % whole != 0 || (few ? group % step != 0 : group < columns && whole * chunks != group))
     return {};
   // Several of a row come in one piece, which has to begin at a multiple of its size.
@@ -36,22 +40,24 @@ inline Plan plan_scales(Problem& p, Format format, int64_t columns, int64_t grou
   return {p.scale_type == 0 ? Scaling::kShort : Scaling::kAny, share};
 }
 
-// Calls run with the kind of kernel for a problem and so many blocks.
+constexpr int kTallBytes = 144 << 10;  // shared memory enough for tall tiles and any rows of x
+
+// Calls run with the kind of kernel for a problem, so many blocks, and as many bytes of shared memory for each.
 template <typename Run>
-void with_kind(const Problem& p, Format format, Plan plan, int blocks, Run run) {
+void with_kind(const Problem& p, Format format, Plan plan, int blocks, int memory, Run run) {
   using std::integral_constant;
   // Every tile reads all of x again, be it flat or tall.
   const auto bytes = [&](int rows) {  // that pass through the busiest block
     const int64_t tiles = (p.N + rows - 1) / rows, x = int64_t{2} * p.M * p.row_bytes * elements(format) / 4;
     return (tiles + blocks - 1) / blocks * (int64_t{1} * rows * p.row_bytes + x);
   };
-  const bool tall = bytes(2 * kTile) < bytes(kTile);
+  const bool tall = memory >= kTallBytes && bytes(2 * kTile) < bytes(kTile);
   const auto of = [&](auto form, auto scaling, auto zero, auto share) {
     constexpr Format kFormat = decltype(form)::value;
     constexpr Scaling kScaling = decltype(scaling)::value;
     constexpr bool kZero = decltype(zero)::value;
     constexpr int kShare = decltype(share)::value;
-    constexpr int kKeep = kFormat == Format::kInt4 ? 2 : 4;
+    constexpr int kKeep = elements(kFormat) == 8 ? 2 : 4;
     if (p.M > 16 && tall) return run(Kind<kFormat, kScaling, kZero, kShare, 4, 2, 0>());
     if (p.M > 16) return run(Kind<kFormat, kScaling, kZero, kShare, 4, 1, 0>());
     if (p.M > 8 && tall) return run(Kind<kFormat, kScaling, kZero, kShare, 2, 2, 0>());
@@ -75,6 +81,7 @@ void with_kind(const Problem& p, Format format, Plan plan, int blocks, Run run) 
     const auto with = [&](auto zero) { return plan.share == 1 ? typed(int4, zero, one) : typed(int4, zero, four); };
     return p.zero != nullptr ? with(std::true_type()) : with(no_zero);
   }
+  if (format == Format::kFp4) return of(integral_constant<Format, Format::kFp4>(), shorts, no_zero, one);
   constexpr integral_constant<Format, Format::kInt8> int8{};
   constexpr integral_constant<Format, Format::kFp8> fp8{};
   if (plan.scaling == Scaling::kRow) {

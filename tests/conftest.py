@@ -2,10 +2,14 @@
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What earlier runs have left must not decide anything.
+_caches = tempfile.TemporaryDirectory(prefix="vllm-test-caches-")
+os.environ["VLLM_CACHE_ROOT"] = _caches.name
 
 import pytest
 import torch
@@ -19,7 +23,16 @@ from vllm.logger import init_logger
 ROOT = Path(__file__).resolve().parent.parent
 
 
+ON_THE_DEVICE = ("accuracy", "entrypoints/test_llm.py", "v1/engine/test_llm_engine.py")
+"""Tests of whole engines, which take the GPU where there is one: they are among its tests then."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.relative_to(ROOT / "tests").as_posix().startswith(ON_THE_DEVICE):
+                item.add_marker(pytest.mark.gpu)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -85,19 +85,20 @@ def rounded(value: object) -> object:
 
 
 def git_hash() -> str | None:
-    """The commit that is measured; where the tree was copied without its history, the one that GIT_HASH names."""
+    """The commit that is measured: the one that GIT_HASH names, for trees copied without their history, or else the checked-out one."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or os.environ.get("GIT_HASH")
+    return os.environ.get("GIT_HASH") or done.stdout.strip() or None
 
 
 def write_result(path: Path | None, name: str, bandwidth: dict[str, float], **results: object) -> None:
-    """One JSON file: where and with what it was measured, then the results."""
+    """One JSON file: where and with what it was measured, then the results. git: the commit, where the caller was told it."""
     if path is None:
         return
+    git = results.pop("git", None) or git_hash()
     result = {
         "benchmark": f"kernels/{name}",
         "command": " ".join(["python", "-m", f"benchmarks.kernels.{name}", *sys.argv[1:]]),
-        "git": git_hash(),
+        "git": git,
         "date": date.today().isoformat(),
         "gpu": torch.cuda.get_device_name(),
         "vllm": __version__,

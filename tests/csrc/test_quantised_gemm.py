@@ -1,6 +1,7 @@
 """csrc/quantised_gemm.cu against PyTorch: on a GPU as it is, without one on the emulator."""
 
 import ctypes
+import itertools
 from ctypes import c_int, c_int64, c_void_p
 
 import pytest
@@ -21,7 +22,7 @@ class Problem(ctypes.Structure):
     _fields_ = [
         *((name, c_int) for name in ("M", "N", "row_bytes", "stages", "late")),
         *((name, c_int64) for name in ("x_row", "y_row")),
-        *((name, c_void_p) for name in ("w", "scale", "zero")),
+        *((name, c_void_p) for name in ("w", "scale", "zero", "row_scale")),
         *((name, c_int64) for name in ("w_row", "scale_row", "zero_row")),
         *((name, c_int) for name in ("scale_rows", "scale_type", "shared_chunks", "inverse", "inverse_shift")),
     ]
@@ -34,13 +35,15 @@ def emulated(
     (M, K), N = x.shape, w.values.shape[0]
     x, values, scale, zero = (None if t is None else strided(t, pad) for t in (x, w.values, w.scale, w.zero))
     y = aligned(torch.full((M, N + pad), torch.nan, dtype=torch.bfloat16))
-    bits, kinds = {"int4": 4, "int8": 8, "fp8": 8}[w.kind], [torch.bfloat16, torch.float16, torch.float32]
+    bits, kinds = int(w.kind[-1]), [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn]
     p = Problem(M, N, K * bits // 8, stages, late=1, x_row=x.stride(0), y_row=N + pad, scale_rows=w.scale_rows)
     p.w, p.scale, p.zero = values.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
+    row_scale = None if w.row_scale is None else aligned(w.row_scale)
+    p.row_scale = None if row_scale is None else row_scale.data_ptr()
     p.w_row = values.stride(0) * values.element_size()
-    p.scale_row, p.scale_type = scale.stride(0) * scale.element_size(), kinds.index(scale.dtype)
+    p.scale_row, p.scale_type = scale.stride(0) * scale.element_size(), kinds.index(scale.dtype) % 3
     p.zero_row = 0 if zero is None else zero.stride(0)
-    form, tall = ["int4", "int8", "fp8"].index(w.kind), c_int()
+    form, tall = ["int4", "int8", "fp8", "fp4"].index(w.kind), c_int()
     way = load("quantised_gemm.cpp").quantised_gemm(
         pointer(y), pointer(x), ctypes.byref(p), form, c_int64(K), c_int64(w.group), blocks, ctypes.byref(tall)
     )
@@ -60,7 +63,7 @@ def quantised_gemm_reference(x: torch.Tensor, w: KernelWeight) -> torch.Tensor:
 
 def on_gpu(x: torch.Tensor, w: KernelWeight) -> torch.Tensor:
     y = torch.full((x.shape[0], w.values.shape[0]), torch.nan, dtype=torch.bfloat16, device="cuda")
-    ops.quantised_gemm(y, x, w.values, w.scale, w.zero, w.kind, w.group, w.scale_rows, 110_000, 0)
+    ops.quantised_gemm(y, x, w.values, w.scale, w.zero, w.row_scale, w.kind, w.group, w.scale_rows, 110_000, 0)
     return y
 
 
@@ -94,6 +97,7 @@ def check(N: int, K: int, M: int, form: str, way: int, dtype: torch.dtype = torc
         ("int8 row", 1024, ROW),
         ("fp8 block", 1024, SHORT),
         ("fp8 row", 1024, ROW),
+        ("fp4 nv", 2048, SHORT),
     ],
 )
 def test_formats(form, K, way):
@@ -101,9 +105,9 @@ def test_formats(form, K, way):
 
 
 @pytest.mark.parametrize("M", [1, 8, 9, 16, 17, 32])
-@pytest.mark.parametrize("form,K", [("int4", 512), ("int8 row", 256)])
+@pytest.mark.parametrize("form,K", [("int4", 512), ("int8 row", 256), ("fp4 nv", 384)])
 def test_rows_of_x(M, form, K):
-    check(24, K, M, form, SHORT if form == "int4" else ROW)
+    check(24, K, M, form, ROW if form == "int8 row" else SHORT)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +123,10 @@ def test_rows_of_x(M, form, K):
         ("int8 32", 2048),
         ("int8 32", 2112),  # an odd number of chunks
         ("fp8 128", 2176),
+        ("fp4 nv", 128),
+        ("fp4 nv", 1152),
+        ("fp4 nv", 2176),
+        ("fp4 nv", 5120),
     ],
 )
 @pytest.mark.parametrize("stages", [FEW, STAGES])
@@ -128,12 +136,15 @@ def test_columns(form, K, stages):
 
 @pytest.mark.parametrize("N", [1, 15, 16, 17, 100])
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_rows_of_the_weight(N, blocks):
-    check(N, 512, 2, "int4", SHORT, blocks=min(blocks, -(-N // 16)))
+@pytest.mark.parametrize("form", ["int4", "fp4 nv"])
+def test_rows_of_the_weight(form, N, blocks):
+    check(N, 512, 2, form, SHORT, blocks=min(blocks, -(-N // 16)))
 
 
 @pytest.mark.parametrize("stages", [FEW, STAGES])
-@pytest.mark.parametrize("form,K", [("int8 row", 2048), ("int4 zero", 2048), ("fp8 block", 1600), ("int4", 2176)])
+@pytest.mark.parametrize(
+    "form,K", [("int8 row", 2048), ("int4 zero", 2048), ("fp8 block", 1600), ("int4", 2176), ("fp4 nv", 2176)]
+)
 def test_rings(form, K, stages):
     """More chunks than stages, and tiles than a ring holds, with and without x in registers."""
     check(11 * 16, K, 1, form, ROW if form == "int8 row" else SHORT, stages=stages, blocks=1)
@@ -141,7 +152,9 @@ def test_rings(form, K, stages):
 
 @pytest.mark.parametrize("M", [2, 8, 16, 32])
 @pytest.mark.parametrize("N", [32, 90])
-@pytest.mark.parametrize("form,K", [("int4 zero", 2560), ("int4 128", 2176), ("int8 32", 2112), ("fp8 row", 2176)])
+@pytest.mark.parametrize(
+    "form,K", [("int4 zero", 2560), ("int4 128", 2176), ("int8 32", 2112), ("fp8 row", 2176), ("fp4 nv", 2176)]
+)
 def test_tall_tiles(form, K, N, M):
     """As soon as x is more than few bytes, if they are no more work."""
     if torch.cuda.is_available():
@@ -166,7 +179,9 @@ def test_rows_that_share_scales(scale_rows):
     assert (y.float() - expected).abs().max() / expected.abs().max() < 5e-3
 
 
-@pytest.mark.parametrize("form,K", [("int4", 640), ("int4 zero", 640), ("int8 32", 256), ("fp8 block", 640)])
+@pytest.mark.parametrize(
+    "form,K", [("int4", 640), ("int4 zero", 640), ("int8 32", 256), ("fp8 block", 640), ("fp4 nv", 640)]
+)
 def test_rows_in_wider_ones(form, K):
     if not torch.cuda.is_available():
         w, x = stored((40, K), form, torch.bfloat16, "cpu"), torch.randn(3, K).bfloat16()
@@ -205,8 +220,26 @@ def test_every_element(form):
         assert torch.equal(y, quantised_gemm_reference(x, w).bfloat16())
 
 
+@pytest.mark.parametrize("K", [256, 2304])
+def test_every_product_of_four_bits(K):
+    """Every element times every scale, which bfloat16 holds, comes through exactly, times x of any size and a row's factor."""
+    codes, scales = torch.arange(16, dtype=torch.uint8), torch.arange(256, dtype=torch.uint8)
+    scales[[0x7F, 0xFF]] = 0  # NaN
+    values = (codes[::2] | codes[1::2] << 4).repeat(16, K // 16)
+    scales = scales.view(16, 16).repeat(1, K // 256).view(torch.float8_e4m3fn)
+    for factor, sizes in ((None, (2.0**-100, 2.0**100)), (2.0 ** torch.arange(-8, 8), (1.0,))):
+        w = KernelWeight("fp4", values, scales, None, 16, row_scale=factor)
+        for M, size in itertools.product((8, 16, 32), sizes):
+            first = K - 256 if M == 8 else 0  # the last columns too
+            for i in range(first, first + 256, M):
+                x = (torch.eye(K)[i : i + M] * size).bfloat16()
+                y = on_gpu(x.cuda(), moved(w)).cpu() if torch.cuda.is_available() else emulated(x, w)[0]
+                assert torch.equal(y, quantised_gemm_reference(x, w).bfloat16())
+
+
 def moved(w: KernelWeight) -> KernelWeight:
-    return KernelWeight(w.kind, w.values.cuda(), w.scale.cuda(), None, w.group, w.scale_rows)
+    row_scale = None if w.row_scale is None else w.row_scale.cuda()
+    return KernelWeight(w.kind, w.values.cuda(), w.scale.cuda(), None, w.group, w.scale_rows, row_scale)
 
 
 def test_scales_beside_their_places():
@@ -214,6 +247,9 @@ def test_scales_beside_their_places():
     w = stored((16, 256), "int4", torch.bfloat16, "cpu")
     assert emulated(torch.zeros(1, 256).bfloat16(), w, pad=16)[1] == SHORT
     wide = KernelWeight("int4", w.values, torch.ones(16, 9).bfloat16()[:, :8], None, w.group)
+    assert not reads_any_width(wide) and reads_any_width(w)
+    w = stored((16, 256), "fp4 nv", torch.bfloat16, "cpu")
+    wide = KernelWeight("fp4", w.values, strided(w.scale, 4), None, 16, 1, w.row_scale)
     assert not reads_any_width(wide) and reads_any_width(w)
 
 

@@ -61,7 +61,9 @@ def describe(fn: JITFunction, args: tuple, kwargs: dict) -> Recorded:
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not general):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
-            signature[name], attributes[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+            signature[name] = TYPES[value.dtype]
+            if value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment:
+                attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -158,17 +160,25 @@ CASES = {
 }
 
 
-def usage(cubin: bytes) -> dict[str, int]:
-    """Registers and spilled bytes a thread, as the assembler counted them; empty where cuobjdump is missing."""
+def in_flight(ttgir: str) -> int:
+    """Products that read registers and may be under way while a loop's next step fills these again."""
+    if not re.search(r"warp_group_dot .*#ttg\.dot_op", ttgir):
+        return 0
+    return max(map(int, re.findall(r"warp_group_dot_wait .*pendings = (\d+)", ttgir)), default=0)
+
+
+def usage(asm: dict) -> dict[str, int]:
+    """Products in flight, and registers and spilled bytes a thread as the assembler counted them, unless cuobjdump is missing."""
+    found = {"in_flight": in_flight(asm["ttgir"])}
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.is_file():
-        return {}
+        return found
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(asm["cubin"])
         file.flush()
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    found = dict(re.findall(r"\b(REG|STACK):(\d+)", text))
-    return {"registers": int(found.get("REG", 0)), "stack": int(found.get("STACK", 0))}
+    counted = dict(re.findall(r"\b(REG|STACK):(\d+)", text))
+    return found | {"registers": int(counted.get("REG", 0)), "stack": int(counted.get("STACK", 0))}
 
 
 def compile_for(arch: int, recorded: Recorded) -> dict[str, object]:
@@ -185,7 +195,7 @@ def compile_for(arch: int, recorded: Recorded) -> dict[str, object]:
         **tile,
         **launch,
         "shared": kernel.metadata.shared,
-        **usage(kernel.asm["cubin"]),
+        **usage(kernel.asm),
         "seconds": round(time.time() - begin, 2),
     }
 

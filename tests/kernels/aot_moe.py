@@ -100,7 +100,7 @@ def main() -> None:
                     **launch,
                     "shared": kernel.metadata.shared,
                 }
-                line |= {**usage(kernel.asm["cubin"]), "seconds": round(time.time() - begin, 2)}
+                line |= {**usage(kernel.asm), "seconds": round(time.time() - begin, 2)}
                 print(json.dumps(line), flush=True)
 
 

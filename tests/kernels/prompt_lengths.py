@@ -3,23 +3,24 @@
 ``python -m tests.kernels.prompt_lengths`` prints one line for each. Launches are recorded, not run: see `tests.kernels.aot`.
 """
 
-import dataclasses
 import sys
+from dataclasses import replace
 
 import torch
 from triton.runtime.jit import JITFunction
 
 from tests.kernels.aot import describe  # before any kernel: it turns the interpreter off
 from tests.kernels.attention_case import AttentionCase
-from tests.kernels.experts import layer
+from tests.kernels.experts import layer, stored
 from vllm.model_executor.layers.fla.ops import chunk, gating, layernorm_guard
 from vllm.model_executor.layers.folding import INPUT_ROWS, POST_ROWS
 from vllm.model_executor.layers.fused_moe.experts import plan_experts
 from vllm.model_executor.layers.fused_moe.layer import FRONT_TOKENS
-from vllm.model_executor.layers.fused_moe.ops import few_tokens, front, grouped
+from vllm.model_executor.layers.fused_moe.ops import few_tokens, front, grouped, grouped_fp8
 from vllm.model_executor.layers.fused_moe.ops.route import route_triton
 from vllm.model_executor.layers.mamba.ops import causal_conv1d
-from vllm.model_executor.layers.ops import attention_prefill
+from vllm.model_executor.layers.ops import attention_prefill, quantised_gemm
+from vllm.model_executor.layers.ops.quantised_gemm_plan import Gpu
 from vllm.model_executor.layers.ops.rms_norm import Unnormed
 from vllm.v1.worker.warm_up import _LENGTHS
 
@@ -52,26 +53,36 @@ KEY, VALUE = HEADS_K * WIDTH, HEADS_V * WIDTH
 
 
 class Layers:
-    """The launches of one GDN layer's core, one attention layer's, and one layer of experts in int4."""
+    """The launches of one GDN layer's core, one attention layer's, one layer of experts in int4 and one in FP8, and of linear layers."""
 
     def __init__(self) -> None:
         experts = layer(2, D, I, I, "int4", DTYPE, "cpu")  # two stand for all: nothing is launched
-        self.experts = dataclasses.replace(experts, router=torch.zeros(E, D, dtype=DTYPE))
+        self.experts = replace(experts, router=torch.zeros(E, D, dtype=DTYPE))
+        self.fp8 = [
+            replace(stored(shape, "fp8 row", DTYPE, "cpu"), quantize_inputs=True)
+            for shape in ((2, 2 * I, D), (2, D, I))
+        ]
+        self.linear = [
+            stored((D, D), "int4", DTYPE, "cpu"),
+            replace(self.fp8[0], values=self.fp8[0].values[0], scale=self.fp8[0].scale[0]),
+        ]
         self.state = torch.zeros(4, HEADS_V, WIDTH, WIDTH)
         self.windows = torch.zeros(4, 3, 2 * KEY + VALUE, dtype=DTYPE).transpose(1, 2)
         self.taps = torch.zeros(4, 2 * KEY + VALUE, dtype=DTYPE).T
 
-    def prompt(self, T: int) -> None:
-        self._gdn(T)
+    def prompt(self, T: int, behind: int) -> None:
+        """behind: sequences that decode in the same step, whose integers come first."""
+        self._gdn(T, behind)
         self._experts(T)
+        self._linear(T)
         case = AttentionCase([(0, T)], 16, 2, 256, 64, DTYPE, DTYPE)
         attention_prefill.attention_prefill_triton(case.rows, case.clean, case.meta, case.scale, case.out())
 
-    def _gdn(self, T: int) -> None:
+    def _gdn(self, T: int, behind: int) -> None:
         projected = torch.zeros(T, 2 * KEY + 2 * VALUE + 2 * HEADS_V, dtype=DTYPE)
         mixed, z, b, a = projected.split([2 * KEY + VALUE, VALUE, HEADS_V, HEADS_V], dim=-1)
-        starts, slot = torch.tensor([0, T], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
-        first, vector = torch.zeros(1, dtype=torch.bool), torch.zeros(HEADS_V)
+        starts, slot = torch.tensor([0, T], dtype=torch.int32), torch.ones(2, dtype=torch.int32)[behind:][:1]
+        first, vector = torch.zeros(2, dtype=torch.bool)[behind:][:1], torch.zeros(HEADS_V)
         convolved = causal_conv1d.causal_conv1d_fn_triton(
             mixed.T, self.taps, None, self.windows, starts, slot, first, query_start_loc_cpu=[0, T]
         ).T
@@ -100,6 +111,14 @@ class Layers:
         if T <= POST_ROWS:
             self._experts_of(x, Unnormed(x, torch.zeros(D, dtype=DTYPE), 1e-6, True), x)
 
+    def _linear(self, T: int) -> None:
+        x = torch.zeros(T, D, dtype=DTYPE)
+        for weight in self.linear:
+            quantised_gemm.quantised_linear(x, weight)
+        routed = route_triton(torch.zeros(T, E), E, TOP_K, 16 if T * TOP_K < 16 * E else 32)
+        if routed.block >= grouped_fp8.LEAST_BLOCK:
+            grouped_fp8.experts_fp8_triton(x, routed, *self.fp8)
+
     def _experts_of(self, x: torch.Tensor, rows: torch.Tensor | Unnormed, add_to: torch.Tensor | None) -> None:
         T, weights = x.shape[0], self.experts
         plan = plan_experts(
@@ -118,8 +137,8 @@ class Layers:
         grouped.combine_triton(y, routed.shares, x, x[:, :1], add_to)
 
 
-def compiled_by(layers: Layers, T: int) -> dict[str, str]:
-    """What Triton would compile for a prompt of T tokens: signature, constants and specialisations -> the kernel's name."""
+def compiled_by(layers: Layers, T: int, behind: int = 0) -> dict[str, str]:
+    """What Triton would compile for a prompt of T tokens, alone or behind others: signature, constants and specialisations -> the kernel's name."""
     seen: dict[str, str] = {}
 
     def run(self, *args, grid, warmup, **kwargs):
@@ -129,7 +148,7 @@ def compiled_by(layers: Layers, T: int) -> dict[str, str]:
 
     original, JITFunction.run = JITFunction.run, run
     try:
-        layers.prompt(T)
+        layers.prompt(T, behind)
     finally:
         JITFunction.run = original
     return seen
@@ -140,7 +159,7 @@ def late_kernels(layers: Layers, warmed: list[int], lengths: list[int]) -> dict[
     ready = {key for T in warmed for key in compiled_by(layers, T)}
     late: dict[str, list[int]] = {}
     for T in lengths:
-        for key, name in compiled_by(layers, T).items():
+        for key, name in (compiled_by(layers, T) | compiled_by(layers, T, behind=1)).items():
             if key not in ready:
                 late.setdefault(name, []).append(T)
     return late
@@ -151,6 +170,7 @@ def main() -> None:
         if hasattr(module, "multiprocessors"):
             module.multiprocessors = lambda device: 132
     attention_prefill.capability_of = lambda device: (9, 0)
+    quantised_gemm.gpu_of = lambda device: Gpu((9, 0), 132)
     layers, warmed = Layers(), [n for n in _LENGTHS if n < LONGEST] + [LONGEST]
     for name, lengths in late_kernels(layers, warmed, LENGTHS).items():
         print(name, *lengths[:8])

@@ -1,4 +1,4 @@
-"""Launch every GDN kernel on the GPU, small, for NVIDIA's checkers:
+"""Launch every kernel of GDN layers and projections on the GPU, small, for NVIDIA's checkers:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.kernels.sanitize
     compute-sanitizer --tool racecheck --error-exitcode 1 python -m tests.kernels.sanitize
@@ -10,7 +10,11 @@ import itertools
 
 import torch
 
+from tests.kernels.experts import stored
+from tests.kernels.test_fp8_gemm import FORMS as FP8_FORMS
+from tests.kernels.test_fp8_gemm import stored as stored_fp8
 from tests.kernels.test_fused_decode import make
+from tests.kernels.test_quantised_gemm import KINDS
 from tests.kernels.test_skinny_gemm import QUANTISED, quantised
 from vllm import _custom_ops
 from vllm.model_executor.layers.fla.ops import (
@@ -25,6 +29,9 @@ from vllm.model_executor.layers.fla.ops import (
 from vllm.model_executor.layers.fla.ops.fused_decode import fused_gdn_decode_triton
 from vllm.model_executor.layers.fla.ops.fused_decode_cuda import fused_gdn_decode_cuda
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from vllm.model_executor.layers.ops.fp8_gemm import fp8_gemm_triton, quantise_triton
+from vllm.model_executor.layers.ops.quantised_gemm import dequantise_triton, quantised_gemm_triton
+from vllm.model_executor.layers.ops.quantised_gemm_plan import TILES
 from vllm.model_executor.layers.ops.rms_norm import Unnormed
 from vllm.model_executor.layers.ops.skinny_gemm import (
     quantised_gemm_cuda,
@@ -98,15 +105,29 @@ def projections(csrc: bool) -> None:
         skinny_gemm_add_cuda(x, weight, torch.randn(rows, 1100, device="cuda").bfloat16())
     for form in QUANTISED:
         skinny_gemm_cuda(torch.randn(9, 2048, device="cuda").bfloat16(), quantised(form, 45, 2048))
-    for form, rows in itertools.product([form for form in QUANTISED if form not in ("fp4", "fp8 128")], (1, 9, 20)):
+    for form, rows in itertools.product([form for form in QUANTISED if form != "fp8 128"], (1, 9, 20)):
         for columns in (512, 2048, 5120):
             quantised_gemm_cuda(torch.randn(rows, columns, device="cuda").bfloat16(), quantised(form, 45, columns))
+
+
+def many_rows() -> None:
+    """A part of a tile beside whole ones, both ways."""
+    large = torch.cuda.get_device_capability()[0] in (9, 10)
+    x = torch.randn(70, 384, device="cuda").bfloat16()
+    for form in KINDS:
+        weight = stored((141, 384), form, x.dtype, "cuda")
+        dequantise_triton(weight, x.dtype)
+        for tile in TILES["registers"][large]:
+            quantised_gemm_triton(x, weight, tile)
+    for form, tile in itertools.product(FP8_FORMS, TILES["fp8"][large]):
+        weight = stored_fp8(141, 384, form, "cuda")
+        fp8_gemm_triton(*quantise_triton(x, weight.group), weight, x.dtype, tile)
 
 
 def main() -> None:
     torch.manual_seed(0)
     csrc = _custom_ops.available("cuda")
-    for stage in (lambda: decode(csrc), prefill, lambda: projections(csrc)):
+    for stage in (lambda: decode(csrc), prefill, lambda: projections(csrc), many_rows):
         stage()
         torch.cuda.synchronize()
     print("all kernels launched" if csrc else "all kernels launched but csrc's, which is not built")

@@ -3,11 +3,18 @@
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.kernels.sanitize_moe
 """
 
+import itertools
+
 import torch
 
 from tests.kernels.experts import FORMS, layer
+from tests.kernels.test_grouped_fp8 import FORMS as FP8_FORMS
+from tests.kernels.test_grouped_fp8 import make
+from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.ops.few_tokens import moe_few_tokens_triton
 from vllm.model_executor.layers.fused_moe.ops.grouped import by_planes_triton, combine_triton, experts_triton
+from vllm.model_executor.layers.fused_moe.ops.grouped_fp8 import experts_fp8_triton
+from vllm.model_executor.layers.fused_moe.ops.int4 import moe_int4_cuda
 from vllm.model_executor.layers.fused_moe.ops.route import route_triton
 from vllm.model_executor.layers.ops.rms_norm import Unnormed
 
@@ -36,12 +43,31 @@ def many(form: str) -> None:
         combine_triton(y, routed.shares, x.clone(), logits[:, E:], x)
 
 
+def int4(form: str) -> None:
+    """csrc's kernels, with and without a shared expert."""
+    for T in (1, 3, 40):
+        x = torch.randn(T, D, device="cuda").bfloat16()
+        for shared in (S, 0):
+            weights = layer(E, D, I, shared, form, x.dtype, "cuda")
+            moe_int4_cuda(x, weights, TOP_K)
+            moe_int4_cuda(x, weights, TOP_K, x)
+
+
+def many_with_fp8_inputs() -> None:
+    for form, T in itertools.product(FP8_FORMS, (3, 150)):
+        experts_fp8_triton(*make(T, E, D, I, TOP_K, form, torch.bfloat16, "cuda", 32))
+
+
 def main() -> None:
     torch.manual_seed(0)
     for form in FORMS:
         few(form)
         many(form)
+        if form in ("int4", "int4 zero", "int4 128") and ops.available("cuda"):
+            int4(form)
         torch.cuda.synchronize()
+    many_with_fp8_inputs()
+    torch.cuda.synchronize()
     print("all expert kernels launched")
 
 

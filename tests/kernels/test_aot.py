@@ -24,3 +24,4 @@ def test_compiles_and_fits(case):
     assert len({line["kernel"] for line in lines}) == (11 if case.startswith("fp32") else 13)
     for line in lines:
         assert line["shared"] <= SHARED_LIMIT[line["arch"]], line
+        assert line["in_flight"] == 0, line

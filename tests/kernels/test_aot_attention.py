@@ -24,3 +24,4 @@ def test_compiles_and_fits(heads):
     }
     for line in lines:
         assert line["shared"] <= SHARED_LIMIT[line["arch"]], line
+        assert line["in_flight"] == 0, line

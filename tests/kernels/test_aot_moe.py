@@ -25,4 +25,5 @@ def test_compiles_and_fits(case):
     assert len({line["kernel"] for line in lines}) == 9 + words
     for line in lines:
         assert line["shared"] <= SHARED_LIMIT[line["arch"]], line
+        assert line["in_flight"] == 0, line
         assert line.get("stack", 0) <= 1024, f"spills: {line}"

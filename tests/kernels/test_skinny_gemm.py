@@ -125,7 +125,8 @@ def test_the_most_alike_measured_shape_decides(monkeypatch):
         assert int4(17, 1000, 2048) == int4(1, 1000, 4096) == int4(8, 1000, 5120) == Plan("quantised")  # not measured
         assert int4(16, 1000, 2048, csrc=False) == int4(1, 1000, 5120, csrc=False) == int4(33, 1000, 2048) == DENSE
         assert plan_skinny_gemm(H200, 1, 1000, 2048, "int4", 48) == DENSE  # no code for this group
-        assert plan_skinny_gemm(H200, 1, 1000, 5120, "fp4", 16) == DENSE
+        assert plan_skinny_gemm(H200, 1, 1000, 5120, "fp4", 16) == Plan("quantised")
+        assert plan_skinny_gemm(H200, 1, 1000, 5120, "fp4", 32) == DENSE
         assert plan_skinny_gemm(H200, 1, 5, 192) == Plan("vector") and plan_skinny_gemm(H200, 1, 5, 100) == DENSE
         assert plan_skinny_gemm(H200, 2, 20000, 192) == Plan("rows") and plan_skinny_gemm(H200, 2, 64, 192) == DENSE
     finally:
@@ -156,7 +157,11 @@ def test_quantised_fits():
         and not quantised_fits(1, 192, "int8", 16)
     )
     assert quantised_fits(1, 384, "fp8", 128) and not quantised_fits(1, 384, "fp8", 32)
-    assert not quantised_fits(1, 2048, "fp4", 16) and not quantised_fits(1, 2048, "plain", 0)
+    assert all(quantised_fits(32, K, "fp4", 16) for K in (128, 512, 5120, 17408)) and not quantised_fits(
+        1, 192, "fp4", 16
+    )
+    assert not quantised_fits(1, 2048, "fp4", 32) and not quantised_fits(1, 16, "fp4", 16)
+    assert not quantised_fits(1, 2048, "plain", 0)
 
 
 def test_reads_what_comes_in_pieces_of_16_bytes():
@@ -180,6 +185,10 @@ def test_reads_what_comes_in_pieces_of_16_bytes():
     assert not reads_any_width(weight(16, torch.float8_e4m3fn))
     assert not reads_any_width(KernelWeight("int4", values[:, 1:-3], weight(64).scale, group=32))
     assert not reads_any_width(KernelWeight("int4", values, weight(64).scale, None, 32, 1, torch.ones(24)))
+    codes, scale = torch.zeros(24, 512, dtype=torch.uint8), torch.ones(24, 64)
+    assert not reads_any_width(KernelWeight("fp4", codes, scale, None, 16))
+    for row_scale in (None, torch.ones(24)):
+        assert reads_any_width(KernelWeight("fp4", codes, scale.to(torch.float8_e4m3fn), None, 16, 1, row_scale))
 
 
 def test_many_rows_are_cut_in_slices(monkeypatch):
@@ -334,7 +343,7 @@ QUANTISED = ["int4", "int4 128", "int4 zero", "int8 row", "int8 32", "fp8 row", 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "form", ["int4", "int4 128", "int4 zero", "int8 row", "int8 32", "int8 128", "fp8 row", "fp8 block"]
+    "form", ["int4", "int4 128", "int4 zero", "int8 row", "int8 32", "int8 128", "fp8 row", "fp8 block", "fp4 nv"]
 )
 @pytest.mark.parametrize("K", [512, 2048, 5120])
 def test_quantised_matches_its_definition(form, K):
@@ -400,7 +409,8 @@ def test_fp8_and_fp4_read_every_number():
         assert torch.equal(form(eye, weight).T, fp8[:, :16].bfloat16())
     ones = torch.ones(16, 128, device="cuda").to(torch.float8_e4m3fn)
     fp4 = KernelWeight("fp4", codes.view(16, 16).repeat(1, 64), ones, group=16)
-    assert torch.equal(skinny_gemm_cuda(eye, fp4).T, quantised_reference(fp4)[:, :16].bfloat16())
+    for form in (skinny_gemm_cuda, quantised_gemm_cuda):
+        assert torch.equal(form(eye, fp4).T, quantised_reference(fp4)[:, :16].bfloat16())
 
 
 @pytest.mark.gpu

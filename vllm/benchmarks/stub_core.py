@@ -52,6 +52,11 @@ class StubCore:
     def check_idle(self) -> None:
         """There are no books to balance."""
 
+    can_prepare = False
+
+    def prepare(self) -> None:
+        """Nothing is to be prepared."""
+
     @property
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests)

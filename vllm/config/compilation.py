@@ -11,7 +11,7 @@ _MODES = ("NONE", "FULL_DECODE_ONLY", "FULL")
 _SAME = {"FULL_AND_PIECEWISE": "FULL"}
 _KEYS = ("mode", "cudagraph_mode", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
 
-PROMPT_SIZES = (16, 32, 64, 128, 192, 256, 384, 512)
+PROMPT_SIZES = (16, 32, 64, 128, 192, 256, 384, 512, 1024, 1536, 2048)
 """Tokens that a prompt's chunk is padded to, for a CUDA graph: without one the host takes as long to launch a step whatever its size, and longer
 than the GPU takes for a short one. Few tokens more cost little where weights are what a step reads; each size makes the start longer."""
 

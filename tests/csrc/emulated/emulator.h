@@ -192,6 +192,29 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   const int lane = emulated::block->thread % 32;
   return from_bits<T>(emulated::exchange({to_bits(value)})[(lane ^ mask) * 8]);
 }
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int step) {
+  const int lane = emulated::block->thread % 32;
+  return from_bits<T>(emulated::exchange({to_bits(value)})[(lane < step ? lane : lane - step) * 8]);
+}
+inline int __reduce_max_sync(unsigned, int value) {
+  const uint64_t* const all = emulated::exchange({to_bits(value)});
+  int most = INT32_MIN;
+  for (int i = 0; i < 32; ++i) most = std::max(most, from_bits<int>(all[i * 8]));
+  return most;
+}
+inline unsigned atomicOr(unsigned* at, unsigned bits) {
+  const unsigned old = *at;
+  *at |= bits;
+  return old;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
+inline float __expf(float x) { return std::exp(x); }
+template <typename T>
+T __ldcg(const T* p) {
+  return *p;
+}
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const uint64_t both = uint64_t(b) << 32 | a;
   unsigned result = 0;
@@ -199,6 +222,7 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   return result;
 }
 inline float __uint_as_float(unsigned x) { return from_bits<float>(x); }
+inline int __float_as_int(float x) { return from_bits<int>(to_bits(x)); }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 using std::max;
 using std::min;
@@ -229,6 +253,10 @@ inline unsigned mul2(unsigned a, unsigned b) {
   return both_halves(a, b, [](float x, float y) { return x * y; });
 }
 inline unsigned mask_or(unsigned x, unsigned mask, unsigned bits) { return (x & mask) | bits; }
+inline unsigned mask_not_or(unsigned x, unsigned mask, unsigned bits) { return (~x & mask) | bits; }
+inline unsigned low_twice(unsigned x) { return (x & 0xffff) * 0x10001; }
+inline unsigned high_twice(unsigned x) { return (x >> 16) * 0x10001; }
+inline unsigned choose_bits(unsigned mask, unsigned a, unsigned b) { return (a & mask) | (b & ~mask); }
 inline void unmade(unsigned&) {}
 inline void prefetch(const void*) {}
 inline unsigned fma2(unsigned a, unsigned b, unsigned c) {

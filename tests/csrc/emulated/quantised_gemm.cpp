@@ -11,9 +11,10 @@ extern "C" int quantised_gemm(bf16* y, const bf16* x, Problem* p, int format, in
                               int blocks, int* tall) {
   const Plan plan = plan_scales(*p, Format(format), columns, group);
   if (plan.share == 0) return -1;
-  with_kind(*p, Format(format), plan, blocks, [&](auto kind) {
+  with_kind(*p, Format(format), plan, blocks, sizeof emulated::memory, [&](auto kind) {
     using K = decltype(kind);
     *tall = K::kTall;
+    static_assert(K::kSumBytes + kWarps * kFew * K::kStage <= (K::kTall == 1 ? 96 << 10 : kTallBytes), "");
     emulated::run({unsigned(blocks), 1}, kWarps * 32, [&] { quantised_gemm_kernel<K>(y, x, *p); });
   });
   return int(plan.scaling);

@@ -30,9 +30,18 @@ def folds(rows=1, dtype=torch.bfloat16, where=H200, in_proj="fused", parts=MODEL
 def test_few_rows_of_the_35b_fold():
     """As many as were measured."""
     both = Folds(input=True, post=True)
-    expected = {0: NOTHING, 1: both, 2: both, 3: NOTHING, 16: NOTHING, 4096: NOTHING}
+    expected = {
+        0: NOTHING,
+        1: both,
+        2: both,
+        3: Folds(input=True),
+        8: Folds(input=True),
+        9: NOTHING,
+        16: NOTHING,
+        4096: NOTHING,
+    }
     assert {rows: step_folds(rows, torch.bfloat16, H200, "fused", MODEL_35B) for rows in expected} == expected
-    assert (POST_ROWS, INPUT_ROWS) == (2, 2)
+    assert (POST_ROWS, INPUT_ROWS) == (2, 8)
 
 
 def test_each_norm_has_a_limit_of_its_own(monkeypatch):

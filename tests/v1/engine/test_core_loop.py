@@ -17,9 +17,10 @@ from vllm.v1.engine.messages import (
 class Recorder:
     """Each request takes as many steps as its priority says."""
 
-    def __init__(self):
+    def __init__(self, to_prepare=0):
         self.log = []
         self.left = {}
+        self.to_prepare = to_prepare
 
     def add_request(self, request):
         if request.request_id == "bad":
@@ -45,14 +46,22 @@ class Recorder:
         assert not self.left
         self.log.append("idle")
 
+    def prepare(self):
+        self.log.append("prepare")
+        self.to_prepare -= 1
+
+    @property
+    def can_prepare(self):
+        return self.to_prepare > 0
+
     @property
     def has_unfinished_requests(self):
         return bool(self.left)
 
 
-def run(*batches):
+def run(*batches, to_prepare=0):
     """Run the loop on batches of commands, one for each time it looks; what was done, and what was sent."""
-    core, sent, looks = Recorder(), [], iter([*batches, [None]])
+    core, sent, looks = Recorder(to_prepare), [], iter([*batches, [None]])
 
     def receive(wait):
         core.log.append("wait" if wait else "look")
@@ -70,6 +79,16 @@ def test_waits_only_when_idle():
     log, sent = run([AddRequests([add("a", 2)])], [])
     assert log == ["idle", "wait", ("add", "a"), "step", "look", "step", "idle", "wait"]
     assert [o.new_token_ids for message in sent for o in message.outputs] == [[2], [1]]
+
+
+def test_prepares_while_nobody_wants_anything():
+    """One thing at a time, and a request that comes meanwhile goes first."""
+    log, sent = run([], [AddRequests([add("a", 2)])], [], [], [], to_prepare=3)
+    assert log == (
+        ["idle", "look", "prepare", "idle", "look", ("add", "a"), "step", "look", "step"]
+        + ["idle", "look", "prepare", "idle", "look", "prepare", "idle", "wait"]
+    )
+    assert len(sent) == 2
 
 
 def test_commands_come_between_any_two_steps_in_order():

@@ -3,6 +3,7 @@
 import contextlib
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from tests.v1.worker.static_prompts import ByHand, poisoned_pools, recorded_logi
 from vllm import LLM, SamplingParams
 from vllm.benchmarks.tiny_tasks import generate
 from vllm.config.compilation import PROMPT_SIZES, prompt_sizes
-from vllm.v1.worker.cudagraph import GraphCache, capture_sizes, padded_size
+from vllm.v1.worker.cudagraph import GraphCache, capture_order, capture_sizes, padded_size
+from vllm.v1.worker.model_runner import ModelRunner
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 8, 9, 64, 100, 256, 1024])
@@ -31,6 +33,39 @@ def test_the_sizes_asked_for_are_taken_as_far_as_they_fit():
     assert capture_sizes(8, (16, 4, 1, 4)) == (1, 4)
     assert padded_size((1, 4), 5) is None
     assert padded_size((), 1) is None
+
+
+@pytest.mark.parametrize("sizes", [(), (1,), (3, 7), capture_sizes(256)])
+def test_every_size_is_captured_once_and_the_largest_first(sizes):
+    early, later = capture_order(sizes)
+    assert sorted(early + later) == list(sizes)
+    assert early == sorted(early, reverse=True) and early[:1] == list(sizes[-1:])
+    assert all(size > 8 for size in later) and later == sorted(later)
+
+
+def test_graphs_that_the_start_left_out_are_captured_one_size_at_a_time(monkeypatch):
+    runner, captured = object.__new__(ModelRunner), []
+    runner.prompt, runner.decode = SimpleNamespace(sizes=(16, 64)), None
+    runner.batch = SimpleNamespace(sampling=SimpleNamespace(plan="greedy"))
+    runner._gdn_layers, runner._graph_sizes, runner.graphs = [], capture_sizes(16), {}
+    monkeypatch.setattr(
+        runner, "_capture", lambda batch, key, run: (captured.append(key), runner.graphs.update({key: 1}))
+    )
+    runner.capture_graphs(largest_alone=True)
+    assert captured == [("prompt", 64), ("forward", 16), ("sample", 16, "greedy")]
+    captured.clear()
+    assert runner.capture_graphs() == (2, 9)
+    assert captured[:4] == [("prompt", 64), ("prompt", 16), ("forward", 16), ("sample", 16, "greedy")]
+    assert captured[-2:] == [("forward", 1), ("sample", 1, "greedy")]
+    captured.clear()
+    runner.graphs["forward", 12] = 1  # a batch was faster
+    while runner.has_graphs_to_capture:
+        runner.capture_next_graphs()
+    assert [key[:2] for key in captured] == [(n, s) for s in (10, 12, 14) for n in ("forward", "sample")][:2] + [
+        ("sample", 12),
+        ("forward", 14),
+        ("sample", 14),
+    ]
 
 
 @pytest.mark.gpu

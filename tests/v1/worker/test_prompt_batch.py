@@ -26,6 +26,8 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.worker.cudagraph import padded_size
 
 NAN = float("nan")
+SIZES = PROMPT_SIZES[:8]
+"""Those that a CPU computes in seconds; test_cudagraph.py has all."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def tokens(n: int, seed: int = 0) -> list[int]:
     return [rng.randrange(5, 800) for _ in range(n)]
 
 
-def both_ways(llm, prompts, params=GREEDY, sizes=PROMPT_SIZES) -> list[tuple]:
+def both_ways(llm, prompts, params=GREEDY, sizes=SIZES) -> list[tuple]:
     """Generate without and with the padded batch; tokens must be equal, and logits almost. Returns what graphs were asked for."""
     runner = runner_of(llm)
     with recorded_logits(runner) as want:
@@ -53,10 +55,10 @@ def both_ways(llm, prompts, params=GREEDY, sizes=PROMPT_SIZES) -> list[tuple]:
 # Sizes
 
 
-@pytest.mark.parametrize("longest", [1, 9, 16, 17, 200, 512, 513, 8192])
+@pytest.mark.parametrize("longest", [1, 9, 16, 17, 200, 512, 513, 2000, 2048, 4096])
 def test_sizes_hold_every_short_chunk(longest):
     sizes = prompt_sizes(longest)
-    assert list(sizes) == sorted(set(sizes)) and sizes[-1] == min(longest, 512)
+    assert list(sizes) == sorted(set(sizes)) and sizes[-1] == min(longest, 2048)
     for n in range(1, sizes[-1] + 1):
         assert n <= padded_size(sizes, n) <= max(16, 2 * n)
     assert padded_size(sizes, sizes[-1] + 1) is None
@@ -66,12 +68,12 @@ def test_sizes_hold_every_short_chunk(longest):
 # The same answers
 
 
-@pytest.mark.parametrize("size", PROMPT_SIZES)
+@pytest.mark.parametrize("size", SIZES)
 def test_lengths_around_a_size(llm, size):
     """And the tokens after, which go on from the state and the pages that the prompt left."""
     for n in (size - 1, size, size + 1):
         asked = both_ways(llm, [tokens(n, n)])
-        assert asked == ([("prompt", padded_size(PROMPT_SIZES, n))] if n <= 512 else [])
+        assert asked == ([("prompt", padded_size(SIZES, n))] if n <= 512 else [])
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
@@ -144,7 +146,7 @@ def test_graphs_of_decoding_go_on_from_it(llm):
     runner = runner_of(llm)
     expected = llm.generate([tokens(40)], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
     for sizes in ((1, 2, 4), (2, 4)):
-        with static_prompts(runner, PROMPT_SIZES) as asked:
+        with static_prompts(runner, SIZES) as asked:
             runner._graph_sizes = sizes
             try:
                 got = llm.generate([tokens(40)], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
@@ -164,7 +166,7 @@ def test_after_a_preemption(llm, chunks):
     for static in (False, True):
         sequence = ByHand(runner, prompt + generated[:4], [9, 4], 3, num_prompt_tokens=26)
         if static:
-            with static_prompts(runner, PROMPT_SIZES) as asked:
+            with static_prompts(runner, SIZES) as asked:
                 sampled = [sequence.step(n) for n in chunks]
             assert len(asked) == len(chunks) - (chunks[-1] == 1)  # the last known token by itself is decoding
         else:
@@ -234,9 +236,9 @@ def test_poison_reaches_nobody(llm, prefill, chunks):
     variants = llm.llm_engine.set_gdn_variants
     variants(prefill=prefill)
     try:
-        with poisoned_pools(runner) as pools, static_prompts(runner, PROMPT_SIZES) as asked, poisoned_padding(runner):
+        with poisoned_pools(runner) as pools, static_prompts(runner, SIZES) as asked, poisoned_padding(runner):
             sampled, got = compute()
-            assert asked == [("prompt", padded_size(PROMPT_SIZES, k)) for k in chunks]
+            assert asked == [("prompt", padded_size(SIZES, k)) for k in chunks]
             own = torch.zeros(pools["pages"][0].shape[:2], dtype=torch.bool)
             for p in range(n):
                 own[pages[p // 16], p % 16] = True
@@ -256,13 +258,13 @@ def test_nobodys_prompt_leaves_everything_alone(llm):
     runner = runner_of(llm)
     llm.llm_engine.core.step()
     sequence = ByHand(runner, tokens(40), [3, 1, 7], 2)
-    with static_prompts(runner, PROMPT_SIZES):
+    with static_prompts(runner, SIZES):
         sequence.step(21)
         pools = pools_of(runner)
         tables = [*runner.batch.tables, runner.batch.state_slot, runner.batch.block_table]
         kept = [*(pool[1:] for pool in (*pools["pages"], *pools["slots"])), *tables, runner.prompt._packed]
         before = [tensor.clone() for tensor in kept]
-        for size in PROMPT_SIZES:
+        for size in SIZES:
             with torch.inference_mode(), runner.prompt.nobodys(size):
                 runner._graph_prompt(size)
             assert all(torch.equal(a, b) for a, b in zip(kept, before))

@@ -20,7 +20,7 @@ import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.ops.skinny_gemm import csrc_gpu
 
-INPUT_ROWS, POST_ROWS = 2, 2
+INPUT_ROWS, POST_ROWS = 8, 2
 """Most rows for which a step folds each layer's input norm, and the one behind its mixer: where whole steps were measured to be faster on an H200.
 
 The pieces (benchmarks/results/folding_h200.json) speak for up to 8 rows of input norms alone, of which no step has been measured: the input projections have room

@@ -127,6 +127,15 @@ class EngineCore:
         """Raise if anything is lost. Called whenever there is nothing left to do."""
         self.scheduler.assert_balanced()
 
+    def prepare(self) -> None:
+        """Do some tens of milliseconds of what a later step would have to wait for."""
+        self.worker.runner.capture_next_graphs()
+
+    @property
+    def can_prepare(self) -> bool:
+        """Whether there is anything to prepare."""
+        return self.worker.runner.has_graphs_to_capture
+
     @property
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished_requests or self.grammars.num_waiting > 0 or bool(self._under_way)

@@ -34,6 +34,9 @@ class Core(Protocol):
     def step(self) -> list[EngineCoreOutput]: ...
     def take_stats(self) -> SchedulerStats: ...
     def check_idle(self) -> None: ...
+    def prepare(self) -> None: ...
+    @property
+    def can_prepare(self) -> bool: ...
     @property
     def has_unfinished_requests(self) -> bool: ...
 
@@ -44,7 +47,7 @@ def run_core_loop(
     send: Callable[[EngineCoreOutputs], None],
     pulse: Pulse | None = None,
 ) -> None:
-    """Run steps while there is work and wait for commands while there is none, until the command None.
+    """Run steps while there is work, prepare for more and then wait for commands while there is none, until the command None.
 
     Args:
         receive: every command that has come since the last call; when called with True, it waits for the first of them.
@@ -56,7 +59,12 @@ def run_core_loop(
         busy = core.has_unfinished_requests
         if not busy:
             core.check_idle()
-        commands = receive(not busy)
+        commands = receive(not busy and not core.can_prepare)
+        if not busy and not commands:
+            pulse.step_begins()
+            core.prepare()
+            pulse.step_ends()
+            continue
         refused: list[EngineCoreOutput] = []
         answers: list[CallAnswer] = []
         for command in commands:

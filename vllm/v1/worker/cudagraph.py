@@ -7,6 +7,9 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+EARLY = 8
+"""Batch sizes up to which graphs are captured at the start."""
+
 
 def capture_sizes(max_num_seqs: int, asked: tuple[int, ...] | None = None) -> tuple[int, ...]:
     """Batch sizes that get a graph, smallest first; other batches are padded to the next one.
@@ -23,6 +26,15 @@ def capture_sizes(max_num_seqs: int, asked: tuple[int, ...] | None = None) -> tu
         sizes.append(size)
         size += 1 if size < 8 else 1 << (size.bit_length() - 3)
     return (*sizes, max_num_seqs)
+
+
+def capture_order(sizes: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """Of these sizes, smallest first: which are captured at the start, in this order, and which when there is time.
+
+    At the start the largest, which makes room for all, and those of the few sequences that a server begins with.
+    """
+    early = [size for size in sizes if size <= EARLY or size == sizes[-1]]
+    return early[::-1], [size for size in sizes if size not in early]
 
 
 def padded_size(sizes: tuple[int, ...], count: int) -> int | None:

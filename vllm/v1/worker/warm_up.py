@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.worker.compile_ahead import compile_ahead
 from vllm.v1.worker.model_runner import ModelRunner
 
 _LENGTHS = (1, 2, 5, 9, 16, 17, 33, 65, 128, 130, 257, 512, 1000)
@@ -27,11 +28,26 @@ def run_largest_steps(runner: ModelRunner) -> None:
 def compile_kernels(runner: ModelRunner) -> None:
     """Run prompts of many lengths, alone, together and beside a decoding sequence."""
     longest, many = runner.config.longest_chunk, runner.config.scheduler_config.max_num_seqs
-    lengths = [n for n in _LENGTHS if n < longest]
-    for n in (*lengths, longest):
-        _run_prompts(runner, [n], _GREEDY)
+    _run_each_length(runner)
     if many > 1 and longest >= 8:
         _run_prompts(runner, [3, longest // 2], _DRAWS, then_decode_first=True)
+
+
+def compile_in_threads(runner: ModelRunner) -> None:
+    """Compile what those steps and the graphs launch, many kernels at once. No step takes its tokens from one that has not really run."""
+
+    def rest() -> None:
+        runner.rehearse_graphs()
+        run_largest_steps(runner)
+        _run_each_length(runner)
+
+    compile_ahead(lambda: runner.rehearse_graphs(1), rest)
+
+
+def _run_each_length(runner: ModelRunner) -> None:
+    longest = runner.config.longest_chunk
+    for n in (*(n for n in _LENGTHS if n < longest), longest):
+        _run_prompts(runner, [n], _GREEDY)
 
 
 def _run_prompts(

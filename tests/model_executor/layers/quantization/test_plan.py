@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig
 
 from tests.quantised import infos, quantization_config
 from vllm.config import load_hf_config, parse_quantization, resolve_model
@@ -238,6 +239,27 @@ def test_the_schema_is_compressed_tensors_own():
     ) as caught:
         check_schema(wrong, "c.json")
     assert "\n" not in str(caught.value)
+
+
+def test_what_has_passed_the_schema_is_not_checked_again(tmp_path, monkeypatch):
+    """That import takes seconds. What was refused is refused again, and a folder that cannot be written changes nothing."""
+    config, calls = quantization_config("w4a16"), []
+    validate = QuantizationConfig.model_validate
+    monkeypatch.setattr(QuantizationConfig, "model_validate", lambda config: calls.append(1) or validate(config))
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    for _ in range(3):
+        check_schema(config, "c.json")
+    assert len(calls) == 1
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"c\.json"):
+            check_schema(config | {"config_groups": 5}, "c.json")
+    check_schema(config | {"ignore": ["lm_head"]}, "c.json")
+    assert len(calls) == 4
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "file"))
+    for _ in range(2):
+        check_schema(config, "c.json")
+    assert len(calls) == 6
 
 
 def test_ignore_lists(caplog):

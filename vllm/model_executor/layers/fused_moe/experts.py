@@ -1,6 +1,7 @@
 """y_s = down_e(silu(gate_e x) * up_e x) for every choice s = (token, expert e): the ways to the same numbers.
 
     few      kernels that stream each choice's packed weights, router and shared expert included (ops/few_tokens.py)
+    int4     csrc's kernels that walk over the chosen experts' int4 weights, router and shared expert included (ops/int4.py)
     tiles    kernels over blocks of one expert's choices, weights as they are stored (ops/route.py, ops/grouped.py)
     loop     expert by expert, those that have tokens: cheap and exact, but it asks the device which they are. For the CPU.
     grouped  tokens sorted by expert, then torch's grouped matrix product. CUDA devices with a grouped kernel.
@@ -26,6 +27,9 @@ WeightsOf = Callable[[torch.Tensor | slice], torch.Tensor]
 FEW_TOKENS, MOST_FEW_TOKENS = 12, 16
 """Tokens up to which each choice reads its expert's weights for itself; the second where nothing else reads them as they are stored."""
 
+LEAST_INT4_TOKENS, MOST_INT4_TOKENS = 4, 24
+"""Tokens between which csrc's kernels for int4 are the fastest: fewer have an expert each, more are waiting for tensor cores."""
+
 MAX_BYTES = 256 << 20
 """Bound on copies of expert matrices that `blocks` holds at once."""
 
@@ -48,6 +52,7 @@ def plan_experts(
     tiles: bool,
     grouped_matmul: bool,
     dense_is_free: bool,
+    int4_tokens: int = 0,
 ) -> ExpertsPlan:
     """Choose a way for one batch.
 
@@ -56,10 +61,13 @@ def plan_experts(
         grouped_matmul: whether `has_grouped_matmul` says so for this device, dtype and size.
         dense_is_free: the weights are dense already; otherwise `grouped` has to dequantise every expert of the layer first, which
             few choices do not repay.
+        int4_tokens: tokens up to which csrc's int4 kernels take the activations and weights.
     """
     choices = tokens * top_k
     if device == "cpu":
         return ExpertsPlan("loop")
+    if LEAST_INT4_TOKENS <= tokens <= min(int4_tokens, MOST_INT4_TOKENS):
+        return ExpertsPlan("int4")
     if kernels and 0 < tokens <= (FEW_TOKENS if tiles else MOST_FEW_TOKENS):
         return ExpertsPlan("few")
     if kernels and tiles and tokens:
@@ -77,19 +85,20 @@ def plan_experts(
 class ExpertsFold:
     """A mixture of experts as `layers/folding.py` asks about it.
 
-    kernels, tiles: as for `plan_experts`.
+    kernels, tiles, int4_tokens: as for `plan_experts`.
     """
 
     top_k: int
     num_experts: int
     kernels: bool
     tiles: bool
+    int4_tokens: int = 0
 
     def folds(self, rows: int, gpu: str) -> bool:
-        """Where each choice reads its expert's weights: those kernels normalise the rows, and write their results."""
-        how = {"device": "cuda", "kernels": self.kernels, "tiles": self.tiles}
+        """Where the kernels include the router: those normalise the rows, and write their results."""
+        how = {"device": "cuda", "kernels": self.kernels, "tiles": self.tiles, "int4_tokens": self.int4_tokens}
         plan = plan_experts(rows, self.top_k, self.num_experts, **how, grouped_matmul=False, dense_is_free=False)
-        return plan.way == "few"
+        return plan.way in ("few", "int4")
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm.model_executor.layers.fla.ops.device import INTERPRETED, dot
+from vllm.model_executor.layers.fla.ops.device import INTERPRETED, before_e4m3, dot
 
 from .attention_torch import Pages, ProjectedRows
 
@@ -42,11 +42,7 @@ def normed_and_turned(
 def as_stored(x, inverse_scale, FLOAT8: tl.constexpr, STORED: tl.constexpr):
     """x as pages hold it."""
     if FLOAT8:
-        x = tl.minimum(tl.maximum(x.to(tl.float32) * inverse_scale, -448.0), 448.0)
-        if INTERPRETED:
-            # the interpreter's conversion loses the carry into the exponent: round to 3 bits of mantissa, half to even, before it
-            bits = x.to(tl.int32, bitcast=True)
-            x = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        x = before_e4m3(tl.minimum(tl.maximum(x.to(tl.float32) * inverse_scale, -448.0), 448.0))
     return x.to(STORED)
 
 

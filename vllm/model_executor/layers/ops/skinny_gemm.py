@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 HALVES = (torch.bfloat16, torch.float16)
 
 MOST_SLICED_ROWS = 4 * MAX_ROWS
-"""Rows of x up to which a quantised weight is multiplied slice by slice: it is then read four times, 2 to 4 bytes an element, where a
-dense copy in 16 bits is written and read besides, 4.5 to 5."""
+"""Rows of x up to which a quantised weight is multiplied slice by slice: it is then read four times, 2 to 4 bytes an element."""
 
 
 @triton.jit
@@ -179,12 +178,13 @@ def skinny_gemm_add_cuda(x: torch.Tensor, weight: torch.Tensor, total: torch.Ten
 def quantised_gemm_cuda(
     x: torch.Tensor, weight: KernelWeight, out: torch.Tensor | None = None, plan: Plan | None = None
 ) -> torch.Tensor:
-    """csrc/quantised_gemm.cu's form of :func:`quantised_gemm`, for the sizes of `quantised_fits`. Scales are applied in float32."""
+    """csrc/quantised_gemm.cu's form of :func:`quantised_gemm`, for the sizes of `quantised_fits`. Scales are applied in float32,
+    fp4's of groups exactly, before the sums."""
     plan, N = plan or Plan("quantised"), weight.values.shape[0]
     rows = _aligned(x.reshape(-1, x.shape[-1]))
     y = torch.empty(rows.shape[0], N, dtype=x.dtype, device=x.device) if out is None else out.view(-1, N)
-    of_weight = weight.values, weight.scale, weight.zero, weight.kind, weight.group, weight.scale_rows
-    ops.quantised_gemm(y, rows, *of_weight, plan.ring * 1000, plan.late)
+    of_weight = weight.scale, weight.zero, weight.row_scale, weight.kind, weight.group, weight.scale_rows
+    ops.quantised_gemm(y, rows, weight.values, *of_weight, plan.ring * 1000, plan.late)
     return y.view(*x.shape[:-1], N) if out is None else out
 
 
@@ -266,7 +266,7 @@ def skinny_gemm_add(x: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) 
 
 
 def quantised_gemm(x: torch.Tensor, weight: KernelWeight) -> torch.Tensor | None:
-    """``x @ Wᵀ`` with W dequantised in registers, or None where a dense copy of W has to be made.
+    """``x @ Wᵀ`` for few rows, with W dequantised in registers; None where no kernel of csrc/ takes x and W.
 
     Sums are float32. csrc/quantised_gemm.cu applies scales to them, exactly; the ring rounds W's elements to bfloat16 as in the dense
     copy (scales that bfloat16 does not hold are applied as two of them). The weight must not be written by the kernel right before
@@ -308,10 +308,12 @@ def reads(weight: KernelWeight, K: int) -> bool:
 def reads_any_width(weight: KernelWeight) -> bool:
     """Whether csrc/quantised_gemm.cu can read this weight's rows, scales and zero points."""
     scales = [part for part in (weight.scale, weight.zero) if part is not None]
-    alike = weight.scale.dtype in (*HALVES, torch.float32) and (weight.zero is None or weight.kind == "int4")
-    if not alike or weight.row_scale is not None or not _in_pieces(weight.values, 16):
+    fp4 = weight.kind == "fp4"
+    alike = weight.scale.dtype in ((torch.float8_e4m3fn,) if fp4 else (*HALVES, torch.float32))
+    zeros = weight.zero is None or weight.kind == "int4"
+    if not alike or not zeros or not (fp4 or weight.row_scale is None) or not _in_pieces(weight.values, 16):
         return False
-    together = max(1, (128 if weight.kind == "int4" else 64) // weight.group)  # of a row, in one piece
+    together = max(1, (128 if weight.kind in ("int4", "fp4") else 64) // weight.group)  # of a row, in one piece
     return all(_in_pieces(s, together, together * s.element_size()) for s in scales)
 
 

@@ -56,9 +56,11 @@ def ring_fits(M: int, K: int, kind: str, group: int = 0) -> bool:
 
 def quantised_fits(M: int, K: int, kind: str, group: int) -> bool:
     """Whether csrc/quantised_gemm.cu has code for M rows of x with K columns; arguments as in :func:`ring_fits`."""
-    step = {"int4": 32, "int8": 16, "fp8": 16}.get(kind)
+    step = {"int4": 32, "int8": 16, "fp8": 16, "fp4": 32}.get(kind)
     if step is None or not 1 <= M <= MAX_ROWS or K % (4 * step):
         return False
+    if kind == "fp4":
+        return group == 16
     if group >= K or group == {"int4": step, "int8": 2 * step}.get(kind):
         return True
     chunks = group // (4 * step)

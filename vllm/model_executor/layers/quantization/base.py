@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm.config.quantization import WeightFormat
+from vllm.model_executor.layers.ops.quantised_gemm import has_kernels, quantised_linear
 from vllm.model_executor.layers.ops.rms_norm import Unnormed, normed
-from vllm.model_executor.layers.ops.skinny_gemm import MOST_SLICED_ROWS, few_rows, quantised_gemm
 from vllm.model_executor.parameter import Slot, Source
 
 
@@ -111,10 +111,10 @@ class WeightScheme(ABC):
         return None
 
     def apply(self, layer: nn.Module, x: torch.Tensor | Unnormed, rows: slice = slice(None)) -> torch.Tensor:
-        """x [..., columns] @ W[rows]ᵀ -> [..., rows]; dense copies of W are made for many rows of x only, where a kernel reads the format."""
+        """x [..., columns] @ W[rows]ᵀ -> [..., rows]; PyTorch makes dense copies of W only where no kernel reads the format."""
         x = normed(x)
-        weight = self.kernel_weight(layer, "", rows) if few_rows(x, MOST_SLICED_ROWS) else None
-        y = None if weight is None else quantised_gemm(x, weight)
+        weight = self.kernel_weight(layer, "", rows) if has_kernels(x) else None
+        y = None if weight is None else quantised_linear(x, weight)
         return F.linear(x, self.all(layer, "", rows)) if y is None else y
 
     def add(self, layer: nn.Module, x: torch.Tensor, total: torch.Tensor) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from vllm import envs
 from vllm.config.quantization import QuantConfig
 from vllm.logger import init_logger
 
@@ -15,12 +20,16 @@ _OPTIONAL = ("visual", "mtp", "lm_head")
 
 
 def check_schema(config: dict[str, Any] | None, source: str) -> None:
-    """Hold compressed-tensors' configs to that package's own schema, which is imported for such checkpoints only.
+    """Hold compressed-tensors' configs to that package's own schema, once each: importing it takes seconds, so that what has passed
+    is remembered under VLLM_CACHE_ROOT.
 
     Raises:
         ValueError: one line with the file, and the first key that is wrong.
     """
     if not config or config.get("quant_method") != "compressed-tensors":
+        return
+    passed = _mark_of(config)
+    if passed.exists():
         return
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -31,6 +40,17 @@ def check_schema(config: dict[str, Any] | None, source: str) -> None:
         where = ".".join(str(part) for part in first["loc"])
         what = " ".join(first["msg"].split())
         raise ValueError(f"{source}: quantization_config{'.' if where else ''}{where}: {what}") from None
+    try:
+        passed.parent.mkdir(parents=True, exist_ok=True)
+        passed.touch()
+    except OSError:
+        logger.debug("%s cannot be written: the configuration will be checked again", passed)
+
+
+def _mark_of(config: dict[str, Any]) -> Path:
+    """The file that says that this version of the package has accepted this configuration."""
+    text = json.dumps([version("compressed-tensors"), config], sort_keys=True)
+    return Path(envs.VLLM_CACHE_ROOT, "checked_configs", hashlib.sha256(text.encode()).hexdigest()).expanduser()
 
 
 def check_ignore_list(quant: QuantConfig | None, modules: Iterable[str]) -> None:

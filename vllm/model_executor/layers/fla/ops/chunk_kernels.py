@@ -9,6 +9,9 @@ import triton.language as tl
 
 from .device import dot
 
+# Integers that say where rows are may start anywhere: behind those of decoding sequences, say.
+_PLACES = ("starts", "chunks", "offsets", "slots", "flags")
+
 
 @triton.jit
 def _unit_lower_inverse(A):
@@ -40,7 +43,7 @@ def _unit_lower_inverse(A):
     return X
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_PLACES)
 def chunk_prepare_kernel(
     k,
     v,
@@ -108,7 +111,7 @@ def chunk_prepare_kernel(
         tl.store(u + t[:, None] * (Hv * V) + head * V + dv[None, :], u_t.to(u.dtype.element_ty), mask=in_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_PLACES)
 def chunk_state_kernel(
     k,
     u,
@@ -182,7 +185,7 @@ def chunk_state_kernel(
         tl.store(final + slot * stride_final + tile, S.to(final.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_PLACES)
 def chunk_output_kernel(
     q,
     k,

@@ -16,98 +16,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from vllm.model_executor.layers.fla.ops.device import INTERPRETED, dot
+from vllm.model_executor.layers.fla.ops.device import dot, settled
+from vllm.model_executor.layers.fused_moe.ops.grouped_fp8 import experts_fp8_triton, prefers_fp8
 from vllm.model_executor.layers.fused_moe.ops.route import Routed
-from vllm.model_executor.layers.fused_moe.ops.weights import (
-    PLANES,
-    as_scale,
-    dense,
-    element,
-    groups_of,
-    offset,
-    operands,
-    overlapping,
-    store_sum,
-    swiglu,
-)
+from vllm.model_executor.layers.fused_moe.ops.weights import overlapping, store_sum, swiglu
+from vllm.model_executor.layers.ops.stored_weight import PLANES, dense, load_words, operands, plane
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base import KernelWeight
-
-
-@triton.constexpr_function
-def _nibble_pair(shift, bf16):
-    """Two nibbles of two words as 16-bit floats: each under the exponent whose unit it counts, less $3, times $2."""
-    kind, bits = ("bf16x2", "0x43004300") if bf16 else ("f16x2", "0x64006400")
-    take = f"shr.u32 t, $1, {shift}; lop3.b32 t, t, 0x000F000F, {bits}, 0xEA;"
-    return f"{{ .reg .b32 t; {take} sub.rn.{kind} t, t, $3; mul.rn.{kind} $0, t, $2; }}"
-
-
-@triton.jit
-def _plane(w, low, high, s, z, i: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, DTYPE: tl.constexpr):
-    """Plane i of a tile of words [BN, BW] in DTYPE. s, z: scales and zeros of each word; low, high: the words' halves."""
-    if KIND == "plain":
-        return w
-    elif KIND == "int4" and not INTERPRETED:
-        return tl.inline_asm_elementwise(
-            _nibble_pair(4 * (i % 4), tl.bfloat16 == DTYPE),
-            "=r,r,r,r",
-            [low if i < 4 else high, s, z],
-            dtype=s.dtype,
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        q = element(w, i, KIND)
-        if KIND == "int4" or KIND == "int8":
-            q -= offset(i, KIND, not ZERO)
-        if ZERO:
-            q -= z.to(tl.float32)
-        return (q * s.to(tl.float32)).to(DTYPE)
-
-
-@triton.jit
-def _spread(x, GROUP: tl.constexpr, BW: tl.constexpr):
-    """[BN, BG] -> [BN, BW], each group's value to its words."""
-    BG: tl.constexpr = groups_of(GROUP, BW)
-    x = tl.broadcast_to(x[:, :, None], [x.shape[0], BG, BW // BG])
-    return tl.reshape(x, [x.shape[0], BW])
-
-
-@triton.jit
-def _load_words(
-    values,
-    scale,
-    zero,
-    row,
-    w0,
-    KIND: tl.constexpr,
-    WORDS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
-    BW: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Words [BN, BW] of whole rows from w0 on, their halves, and each word's scale and zero (with int4's unit) in DTYPE."""
-    c = w0 + tl.arange(0, BW)
-    w = tl.load(values + row[:, None] * WORDS + c[None, :])
-    s, z, low, high = w, w, w, w
-    if GROUP > 0:
-        g = w0 // GROUP + tl.arange(0, groups_of(GROUP, BW))
-        at = (row // SCALE_ROWS)[:, None] * (WORDS // GROUP) + g[None, :]
-        s = as_scale(tl.load(scale + at))
-        # the kernels' 16 bits hold a scale of theirs exactly; float32 scales are applied in float32
-        s = _spread(s.to(DTYPE) if KIND == "int4" else s, GROUP, BW)
-        if zero is not None:
-            z = _spread(tl.load(zero + at).to(DTYPE), GROUP, BW)
-    if KIND == "int4" and not INTERPRETED:
-        low, high = w.to(tl.int16), (w >> 16).to(tl.int16)
-        unit = 128.0 if tl.bfloat16 == DTYPE else 1024.0
-        if zero is not None:
-            z = (z + unit).to(DTYPE)
-        else:
-            z = tl.full(w.shape, unit + 8.0, DTYPE)
-    return w, low, high, s, z
 
 
 @triton.jit
@@ -156,17 +72,19 @@ def _grouped_gate_up_kernel(
     # [BN, BM]
     gate, up = tl.zeros([BN, BM], tl.float32), tl.zeros([BN, BM], tl.float32)
     for w0 in range(0, W13_WORDS, BW):
-        a, al, ah, sa, za = _load_words(
+        a, al, ah, sa, za = load_words(
             w13, w13_scale, w13_zero, row, w0, W13_KIND, W13_WORDS, W13_GROUP, W13_SCALE_ROWS, BW, DTYPE
         )
-        b, bl, bh, sb, zb = _load_words(
+        b, bl, bh, sb, zb = load_words(
             w13, w13_scale, w13_zero, row + I, w0, W13_KIND, W13_WORDS, W13_GROUP, W13_SCALE_ROWS, BW, DTYPE
         )
         for i in tl.static_range(P):
             # [BW, BM]
             x_i = tl.trans(tl.load(at_x + i * W13_WORDS + w0))
-            gate += dot(_plane(a, al, ah, sa, za, i, W13_KIND, w13_zero is not None, DTYPE), x_i)
-            up += dot(_plane(b, bl, bh, sb, zb, i, W13_KIND, w13_zero is not None, DTYPE), x_i)
+            gate += dot(plane(a, al, ah, sa, za, i, W13_KIND, w13_zero is not None, W13_GROUP, DTYPE), x_i)
+            up += dot(plane(b, bl, bh, sb, zb, i, W13_KIND, w13_zero is not None, W13_GROUP, DTYPE), x_i)
+        if W13_KIND != "plain":
+            gate, up = settled(gate), settled(up)
     if w13_factor is not None:
         gate *= tl.load(w13_factor + row)[:, None]
         up *= tl.load(w13_factor + row + I)[:, None]
@@ -217,12 +135,14 @@ def _grouped_down_kernel(
     # [BN, BM]
     acc = tl.zeros([BN, BM], tl.float32)
     for w0 in range(0, W2_WORDS, BW):
-        a, al, ah, sa, za = _load_words(
+        a, al, ah, sa, za = load_words(
             w2, w2_scale, w2_zero, row, w0, W2_KIND, W2_WORDS, W2_GROUP, W2_SCALE_ROWS, BW, DTYPE
         )
         for i in tl.static_range(I // W2_WORDS):
             h_i = tl.trans(tl.load(at_h + i * W2_WORDS + w0))
-            acc += dot(_plane(a, al, ah, sa, za, i, W2_KIND, w2_zero is not None, DTYPE), h_i)
+            acc += dot(plane(a, al, ah, sa, za, i, W2_KIND, w2_zero is not None, W2_GROUP, DTYPE), h_i)
+        if W2_KIND != "plain":
+            acc = settled(acc)
     if w2_factor is not None:
         acc *= tl.load(w2_factor + row)[:, None]
     tl.store(y + choice[None, :] * D + n[:, None], acc.to(DTYPE), mask=(m < rows)[None, :] & (n < D)[:, None])
@@ -310,7 +230,9 @@ def by_planes_triton(x: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def experts_triton(xp: torch.Tensor, routed: Routed, w13: KernelWeight, w2: KernelWeight) -> torch.Tensor:
-    """Triton form of :func:`experts_torch`, with x by the planes of w13."""
+    """Triton form of :func:`experts_torch`, with x by the planes of w13; or of `experts_fp8_torch` where inputs are to be in fp8."""
+    if prefers_fp8(xp, routed, w13, w2):
+        return experts_fp8_triton(xp, routed, w13, w2)
     T, D = xp.shape
     I, top_k = w13.values.shape[-2] // 2, routed.shares.shape[1]
     h, y = xp.new_empty(T * top_k, I), xp.new_empty(T * top_k, D)

@@ -14,7 +14,11 @@ from .slots import PAD_SLOT_ID, HostLengths, gather_slots, host_cu_seqlens, scat
 __all__ = ["PAD_SLOT_ID", "causal_conv1d_fn", "causal_conv1d_update"]
 
 
-@triton.jit(do_not_specialize=["T", "N", "steps"])
+# Integers that say where rows are may start anywhere: behind those of decoding sequences, say.
+_PLACES = ("starts", "slots", "continues")
+
+
+@triton.jit(do_not_specialize=["T", "N", "steps"], do_not_specialize_on_alignment=_PLACES)
 def _conv_fn_kernel(
     x,
     weight,
@@ -88,7 +92,7 @@ def _conv_fn_kernel(
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & in_dim[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_PLACES)
 def _conv_window_kernel(
     x,
     windows,

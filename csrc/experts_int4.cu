@@ -1,0 +1,151 @@
+// A mixture of experts with int4 weights for a few tokens; how is told in experts_int4.cuh, when in
+// layers/fused_moe/ops/int4.py.
+
+#include <algorithm>
+#include <optional>
+
+#include "common.cuh"
+#include "experts_int4.cuh"
+
+namespace vllm {
+namespace {
+
+using namespace experts;
+
+void check(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, ScalarType type,
+           const Tensor& like) {
+  bool same = t.dim() == int64_t(shape.size()) && t.scalar_type() == type && t.is_contiguous() && t.is_cuda() &&
+              t.get_device_index() == like.get_device_index() && aligned16(t.data_ptr());
+  int64_t d = 0;
+  for (int64_t size : shape) same = same && t.size(d++) == size;
+  STD_TORCH_CHECK(same, name, " has not the shape, dtype or device that it must have, or is not contiguous");
+}
+
+Stack stack(const char* name, const Tensor& words, const Tensor& scale, const std::optional<Tensor>& zero,
+            int64_t whole) {
+  STD_TORCH_CHECK(words.dim() == 3 && scale.dim() == 3, name, " must be words and scales of [experts, rows, columns]");
+  const int64_t E = words.size(0), rows = words.size(1), columns = words.size(2) * 8, groups = scale.size(2);
+  check(words, name, {E, rows, columns / 8}, ScalarType::Int, words);
+  check(scale, name, {E, rows, groups}, ScalarType::BFloat16, words);
+  if (zero.has_value()) check(*zero, name, {E, rows, groups}, ScalarType::Byte, words);
+  STD_TORCH_CHECK(columns > 0 && columns % 128 == 0 && rows % whole == 0 && rows * (columns / 2) < (int64_t{1} << 31),
+                  name, " needs multiples of 128 columns and ", whole, " rows, got [", rows, ", ", columns, "]");
+  const int64_t group = groups > 0 && columns % groups == 0 ? columns / groups : 0;
+  STD_TORCH_CHECK(group == 32 || (group >= 128 && group % 128 == 0 && (groups == 1 || (group & (group - 1)) == 0)),
+                  name, ": ", groups, " groups of ", columns, " columns cannot be read");
+  Stack w{};
+  w.w = static_cast<const unsigned char*>(words.data_ptr());
+  w.scale = static_cast<const unsigned char*>(scale.data_ptr());
+  w.zero = zero.has_value() ? static_cast<const unsigned char*>(zero->data_ptr()) : nullptr;
+  w.rows = int(rows), w.row_bytes = int(columns / 2), w.groups = int(groups);
+  while (int64_t{128} << w.shared_chunks < group) ++w.shared_chunks;
+  return w;
+}
+
+Routing routing(const Tensor& logits, const Tensor& h, int64_t experts, int64_t top_k) {
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.scalar_type() == ScalarType::Float && logits.stride(1) == 1 &&
+                      logits.size(1) == experts + 1 && logits.is_cuda() &&
+                      logits.get_device_index() == h.get_device_index(),
+                  "logits must be float32 [tokens, experts + 1]");
+  const int64_t T = logits.size(0);
+  STD_TORCH_CHECK(
+      T >= 1 && T <= kMostTokens && experts <= kMostExperts && top_k >= 1 && top_k <= kMostChoices && top_k <= experts,
+      "cannot choose ", top_k, " of ", experts, " experts for ", T, " tokens");
+  Routing r{};
+  r.logits = static_cast<const float*>(logits.data_ptr());
+  r.row = int(logits.stride(0)), r.tokens = int(T), r.experts = int(experts), r.top_k = int(top_k);
+  r.most_lists = int(h.size(0) / kTogether);
+  STD_TORCH_CHECK(h.size(0) == most_lists(T, experts, top_k) * kTogether,
+                  "h has not 8 rows for each list there may be");
+  return r;
+}
+
+template <typename Kernel, typename... Args>
+void launch_with(Kernel kernel, int grid, int threads, int bytes, const Tensor& like, Args... args) {
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  int blocks = 0;
+  if (grid == 0) {  // as many as there is room for
+    int count = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, like.get_device_index()));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes));
+    grid = count * std::max(1, blocks);
+  }
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = current_stream(like);
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+const bf16* data(const Tensor& t) { return static_cast<const bf16*>(t.data_ptr()); }
+
+void check_stages(int64_t stages) {
+  STD_TORCH_CHECK(stages == kStages || stages == kFew, "a ring has ", kFew, " or ", kStages, " stages");
+}
+
+void gate_up(const Tensor h, const Tensor x, const Tensor words, const Tensor scale, const std::optional<Tensor> zero,
+             const Tensor logits, int64_t top_k, int64_t stages) {
+  const Stack w = stack("w13", words, scale, zero, 2 * kTile);
+  const Routing r = routing(logits, h, words.size(0), top_k);
+  check(x, "x", {r.tokens, 2 * w.row_bytes}, ScalarType::BFloat16, words);
+  check(h, "h", {h.size(0), w.rows / 2}, ScalarType::BFloat16, words);
+  check_stages(stages);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  with_kind<2>(w, r.experts, [&](auto kind, auto keys) {
+    using K = decltype(kind);
+    const int bytes = gate_up_bytes<K>(r.most_lists, int(stages));
+    launch_with(gate_up_kernel<K, keys()>, 0, kWarps * 32, bytes, x, const_cast<bf16*>(data(h)), data(x), w, r,
+                int(stages));
+  });
+}
+
+void down(const Tensor y, const Tensor h, const Tensor words, const Tensor scale, const std::optional<Tensor> zero,
+          const std::optional<Tensor> shared_x, const std::optional<Tensor> shared_w, const Tensor logits,
+          int64_t top_k, bool add, int64_t warps, int64_t stages) {
+  const Stack w = stack("w2", words, scale, zero, kTile);
+  const Routing r = routing(logits, h, words.size(0), top_k);
+  check(y, "y", {r.tokens, w.rows}, ScalarType::BFloat16, words);
+  check(h, "h", {h.size(0), 2 * w.row_bytes}, ScalarType::BFloat16, words);
+  check_stages(stages);
+  STD_TORCH_CHECK(warps == kMostDownWarps / 2 || warps == kMostDownWarps, "down has ", kMostDownWarps / 2, " or ",
+                  kMostDownWarps, " warps");
+  Shared shared{};
+  if (shared_w.has_value()) {
+    STD_TORCH_CHECK(shared_x.has_value() && shared_w->dim() == 2 && shared_w->size(1) % 32 == 0,
+                    "the shared expert's weight comes with its x, and with a multiple of 32 columns");
+    check(*shared_w, "the shared expert's weight", {w.rows, shared_w->size(1)}, ScalarType::BFloat16, words);
+    check(*shared_x, "the shared expert's x", {r.tokens, shared_w->size(1)}, ScalarType::BFloat16, words);
+    shared.w = data(*shared_w), shared.x = data(*shared_x), shared.columns = int(shared_w->size(1));
+  }
+  const torch::stable::accelerator::DeviceGuard guard(h.get_device_index());
+  with_kind<1>(w, r.experts, [&](auto kind, auto keys) {
+    using K = decltype(kind);
+    const int bytes = down_bytes<K>(r.tokens, r.most_lists, int(warps), int(stages));
+    launch_with(down_kernel<K, keys()>, w.rows / kTile, int(warps) * 32, bytes, h, const_cast<bf16*>(data(y)), data(h),
+                w, r, shared, add, int(stages));
+  });
+}
+
+}  // namespace
+}  // namespace vllm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vllm_c, m) {
+  m.def(
+      "experts_int4_gate_up(Tensor(a!) h, Tensor x, Tensor words, Tensor scale, Tensor? zero, Tensor logits, int "
+      "top_k, "
+      "int stages) -> ()");
+  m.def(
+      "experts_int4_down(Tensor(a!) y, Tensor h, Tensor words, Tensor scale, Tensor? zero, Tensor? shared_x, "
+      "Tensor? shared_w, Tensor logits, int top_k, bool add, int warps, int stages) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_c, CUDA, m) {
+  m.impl("experts_int4_gate_up", TORCH_BOX(&vllm::gate_up));
+  m.impl("experts_int4_down", TORCH_BOX(&vllm::down));
+}

@@ -1,0 +1,242 @@
+"""csrc/experts_int4.cu against PyTorch: on a GPU as it is, without one on the emulator."""
+
+import ctypes
+from ctypes import c_bool, c_int, c_void_p
+
+import pytest
+import torch
+
+from tests.csrc.emulated.library import aligned, load, pointer
+from tests.kernels.experts import layer
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.fused_moe.ops import int4
+from vllm.model_executor.layers.fused_moe.ops.few_tokens import moe_few_tokens_torch
+from vllm.model_executor.layers.fused_moe.ops.front import front_torch
+from vllm.model_executor.layers.fused_moe.ops.int4 import (
+    MOST_TOKENS,
+    Int4Plan,
+    int4_tokens,
+    moe_int4_cuda,
+    most_lists,
+    plan_int4,
+    reads,
+    shared_bytes,
+    slots_of,
+)
+from vllm.model_executor.layers.fused_moe.ops.weights import MoEWeights
+from vllm.model_executor.layers.ops.rms_norm import Unnormed
+from vllm.model_executor.layers.quantization.base import KernelWeight
+
+FORMS = ("int4", "int4 zero", "int4 128")
+H200, RTX = 232448, 101376
+PLAN = Int4Plan(4, 8, 4)
+
+
+class Stack(ctypes.Structure):
+    _fields_ = [(name, c_void_p) for name in ("w", "scale", "zero")] + [
+        (name, c_int) for name in ("rows", "row_bytes", "groups", "shared_chunks")
+    ]
+
+
+class Routing(ctypes.Structure):
+    _fields_ = [("logits", c_void_p)] + [(name, c_int) for name in ("row", "tokens", "experts", "top_k", "most_lists")]
+
+
+class Shared(ctypes.Structure):
+    _fields_ = [("w", c_void_p), ("x", c_void_p), ("columns", c_int)]
+
+
+def stack(words, scale, zero):
+    rows, columns, groups = words.shape[1], words.shape[2] * 8, scale.shape[2]
+    parts = [None if part is None else aligned(part) for part in (words, scale, zero)]
+    shared = max(1, columns // groups // 128)
+    made = Stack(*map(pointer, parts), rows, columns // 2, groups, (shared - 1).bit_length())
+    made.parts = parts  # kept alive
+    return made
+
+
+def routing(logits, h_rows, experts, top_k):
+    return Routing(pointer(logits), logits.stride(0), logits.shape[0], experts, top_k, h_rows // 8)
+
+
+class Emulated:
+    """What ops/int4.py calls, on the CPU: the same kernels, one block after the other."""
+
+    BLOCKS = 3
+
+    def __init__(self, monkeypatch):
+        self._library = load("experts_int4.cpp")
+        for name in ("gate_up", "down"):
+            monkeypatch.setattr(ops, f"experts_int4_{name}", getattr(self, name))
+
+    def gate_up(self, h, x, words, scale, zero, logits, top_k, stages):
+        result, x, w = aligned(torch.full_like(h, torch.nan)), aligned(x), stack(words, scale, zero)
+        r = routing(logits, h.shape[0], words.shape[0], top_k)
+        self._library.gate_up(pointer(result), pointer(x), ctypes.byref(w), ctypes.byref(r), self.BLOCKS, stages)
+        h.copy_(result)
+
+    def down(self, y, h, words, scale, zero, shared_x, shared_w, logits, top_k, add, warps, stages):
+        result, h, w = aligned(y if add else torch.full_like(y, torch.nan)), aligned(h), stack(words, scale, zero)
+        r = routing(logits, h.shape[0], words.shape[0], top_k)
+        parts = [None if part is None else aligned(part) for part in (shared_w, shared_x)]
+        shared = Shared(*map(pointer, parts), 0 if shared_w is None else shared_w.shape[1])
+        how = ctypes.byref(w), ctypes.byref(r), ctypes.byref(shared), c_bool(add), warps, stages
+        self._library.down(pointer(result), pointer(h), *how)
+        y.copy_(result)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    if torch.cuda.is_available():
+        if not ops.available("cuda") or torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("needs csrc/ and sm_90")
+        return "cuda"
+    Emulated(monkeypatch)
+    monkeypatch.setattr(int4, "front_triton", front_in_16_bits)
+    return "cpu"
+
+
+def front_in_16_bits(x, weights, **planes):
+    logits, hs, xp = front_torch(x, weights, **planes)
+    if weights.gate is None:  # the kernels' logits have a column for it all the same
+        logits = torch.cat([logits, torch.full_like(logits[:, :1], torch.nan)], dim=1)
+    return logits, hs.to(xp.dtype), xp
+
+
+def assert_alike(got, expected):
+    """Within what rounding h and the result to bfloat16 may do."""
+    assert torch.isfinite(got).all()
+    error = (got.float() - expected.float()).abs().max() / expected.float().abs().max()
+    assert error < 8e-3, error.item()
+
+
+def case(device, T, E, D, I, S, top_k, form="int4"):
+    return torch.randn(T, D, device=device).bfloat16(), layer(E, D, I, S, form, torch.bfloat16, device), top_k
+
+
+def check(device, plan=PLAN, **sizes):
+    x, weights, top_k = case(device, **sizes)
+    assert_alike(moe_int4_cuda(x, weights, top_k, plan=plan), moe_few_tokens_torch(x, weights, top_k))
+
+
+@pytest.mark.parametrize("plan", [PLAN, Int4Plan(3, 16, 3)], ids=["four stages", "three"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_few_tokens(device, form, T, plan):
+    check(device, plan, T=T, E=8, D=256, I=128, S=64, top_k=2, form=form)
+
+
+@pytest.mark.parametrize(
+    "T,E,D,I,S,top_k",
+    [
+        (2, 300, 128, 128, 96, 10),  # more experts than one key a lane eight times over; not a power of two
+        (2, 5, 384, 256, 0, 3),  # no shared expert
+        (1, 1, 128, 128, 32, 1),
+        (2, 3, 2048, 512, 64, 2),  # of the 35B model
+        (2, 4, 2176, 128, 512, 4),  # too wide for x to stay in registers; every expert
+        (40, 4, 128, 128, 32, 2),  # more tokens an expert than a list has, and more than 32
+        (64, 33, 128, 128, 32, 5),
+    ],
+)
+def test_shapes(device, T, E, D, I, S, top_k):
+    check(device, T=T, E=E, D=D, I=I, S=S, top_k=top_k)
+
+
+@pytest.mark.parametrize("group,columns", [(256, 768), (384, 384)])
+def test_wide_groups(device, group, columns):
+    """A scale for several chunks of a row, and one for all of it."""
+    check(device, T=2, E=4, D=columns, I=columns, S=0, top_k=2, form=f"int4 {group}")
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_between_residual_and_residual(device, T):
+    """Rows still to be normalised in, the result added to them in place, and rounded before it is."""
+    residual, weights, top_k = case(device, T=T, E=8, D=256, I=128, S=64, top_k=2)
+    rows = Unnormed(residual, torch.randn(256, device=device).bfloat16() * 0.3, 1e-6, True)
+    result = moe_int4_cuda(rows, weights, top_k, plan=PLAN)
+    assert_alike(result, moe_few_tokens_torch(rows, weights, top_k))
+    want = residual + result
+    assert moe_int4_cuda(rows, weights, top_k, residual, PLAN) is None
+    assert torch.equal(residual, want)
+
+
+def test_negative_logits(device):
+    x, w, _ = case(device, T=1, E=8, D=128, I=128, S=32, top_k=1)
+    router = -torch.rand(8, 128) / 128
+    router[5] = -1e-3
+    w = MoEWeights(router.to(device).bfloat16(), w.w13, w.w2, w.gate, w.s13, w.s2)
+    for top_k in (1, 3):
+        assert_alike(moe_int4_cuda(x.abs(), w, top_k, plan=PLAN), moe_few_tokens_torch(x.abs(), w, top_k))
+
+
+def test_equal_tokens_share_lists(device):
+    """Rows of padding are all alike and choose the same few experts."""
+    x, weights, top_k = case(device, T=20, E=8, D=128, I=128, S=32, top_k=2)
+    x[1:] = x[1]
+    y = moe_int4_cuda(x, weights, top_k, plan=PLAN)
+    assert_alike(y, moe_few_tokens_torch(x, weights, top_k))
+    assert torch.equal(y[1:], y[1:2].expand(19, -1))
+
+
+def test_a_token_is_the_same_beside_any_other(device):
+    """Bit for bit, as long as there are as many: it may have another column, and experts of its own another list."""
+    x, weights, top_k = case(device, T=4, E=8, D=256, I=128, S=64, top_k=2)
+    y = moe_int4_cuda(x, weights, top_k, plan=PLAN)
+    assert torch.equal(moe_int4_cuda(x, weights, top_k, plan=PLAN), y)
+    order = torch.tensor([2, 0, 3, 1], device=device)
+    assert torch.equal(moe_int4_cuda(x[order], weights, top_k, plan=PLAN), y[order])
+
+
+def test_large_activations_keep_their_small_differences(device):
+    """What 128 in every element adds goes away again: inputs of one sign, whose sum is far above their products with centred weights."""
+    x, weights, top_k = case(device, T=4, E=2, D=1024, I=128, S=0, top_k=1)
+    x = (torch.rand(4, 1024, device=device) + 1).bfloat16()
+    assert_alike(moe_int4_cuda(x, weights, top_k, plan=PLAN), moe_few_tokens_torch(x, weights, top_k))
+
+
+def test_what_the_kernels_read():
+    def weight(rows, columns, group, **changes):
+        words, scale = torch.zeros(2, rows, columns // 8, dtype=torch.int32), torch.zeros(1, dtype=torch.bfloat16)
+        return KernelWeight(**{"kind": "int4", "values": words, "scale": scale, "group": group} | changes)
+
+    assert reads(weight(64, 256, 32), 32) and reads(weight(64, 512, 128), 32) and reads(weight(64, 512, 10**6), 32)
+    assert reads(weight(64, 384, 384), 32), "one group a row, of any number of chunks"
+    assert not reads(weight(64, 192, 32), 32), "not of whole chunks"
+    assert not reads(weight(48, 256, 32), 32), "not of whole tiles"
+    assert not reads(weight(64, 256, 64), 32) and not reads(weight(64, 768, 384), 32), "groups of another size"
+    assert not reads(weight(64, 256, 32, kind="int8"), 32) and not reads(weight(64, 256, 32, scale_rows=2), 32)
+    assert not reads(weight(64, 256, 32, scale=torch.zeros(1)), 32), "scales in float32"
+    cpu = layer(8, 256, 128, 64, "int4", torch.bfloat16, "cpu")
+    assert int4_tokens(cpu.router, cpu, 2) == 0, "a CPU has no csrc"
+
+
+@pytest.mark.parametrize(
+    "form,E,D,I,top_k",
+    [("int4", 256, 2048, 512, 8), ("int4 zero", 512, 2048, 512, 10), ("int4 128", 256, 3072, 1024, 8)],
+)
+def test_plans_of_the_published_shapes(form, E, D, I, top_k):
+    """sm_90 and sm_120 have room for all tokens."""
+    w = layer(2, D, I, 0, form, torch.bfloat16, "cpu")
+    slots = slots_of(w.w13), slots_of(w.w2)
+    for memory in (H200, RTX):
+        plans = [plan_int4(memory, T, E, top_k, *slots) for T in range(1, MOST_TOKENS + 1)]
+        assert all(plans)
+        assert plans[7].down_warps == 16
+    little = [plan_int4(90_000, T, E, top_k, *slots) for T in range(1, MOST_TOKENS + 1)]
+    assert [plan is None for plan in little] == sorted(plan is None for plan in little), "more tokens need more"
+    assert plan_int4(0, 1, E, top_k, *slots) is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("T,E,top_k", [(1, 256, 8), (8, 256, 8), (64, 512, 10), (3, 7, 2)])
+def test_python_knows_what_the_kernels_take(form, T, E, top_k):
+    library, w = load("experts_int4.cpp"), layer(2, 256, 128, 0, form, torch.bfloat16, "cpu")
+    lists = most_lists(T, E, top_k)
+    r, found = Routing(None, 0, T, E, top_k, lists), (c_int * 3)()
+    w13, w2 = (stack(part.values, part.scale, part.zero) for part in (w.w13, w.w2))
+    for warps, stages in ((8, 3), (16, 4)):
+        library.sizes(ctypes.byref(w13), ctypes.byref(w2), ctypes.byref(r), warps, stages, found)
+        slots = slots_of(w.w13)
+        assert found[0] == shared_bytes(T, lists, stages, 8, slots, 32)
+        assert found[1] == shared_bytes(T, lists, stages, warps, slots, 16)
+        assert found[2] == lists
