@@ -55,10 +55,11 @@ def recorded_logits(runner: ModelRunner) -> Iterator[list[torch.Tensor]]:
 
 
 def assert_same_logits(got: list[torch.Tensor], want: list[torch.Tensor], tolerance: float = 1e-5) -> None:
-    assert len(got) == len(want) > 0
-    for mine, reference in zip(got, want):
-        assert mine.shape == reference.shape and mine.isfinite().all()
-        assert (mine - reference).abs().max() <= tolerance * max(1.0, reference.abs().max())
+    """Row by row: a step may be computed in parts."""
+    mine, reference = torch.cat(got), torch.cat(want)
+    assert mine.shape == reference.shape and mine.isfinite().all()
+    most = tolerance * reference.abs().amax(dim=1).clamp(min=1.0)
+    assert ((mine - reference).abs().amax(dim=1) <= most).all()
 
 
 def pools_of(runner: ModelRunner) -> dict[str, list[torch.Tensor]]:

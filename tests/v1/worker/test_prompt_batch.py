@@ -135,10 +135,66 @@ def test_sequences_that_come_and_go_with_steps_ahead_of_their_results(tiny_model
     assert len(asked) == sum(-(-(len(prompt) - 1) // 40) for prompt in prompts) if at_once == 1 else asked
 
 
-def test_steps_that_are_more_than_one_prompt_are_left_alone(llm):
-    assert both_ways(llm, [tokens(20), tokens(30)]) == []
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_few_prompts_of_a_step_are_computed_one_by_one(llm, count):
+    """More are computed together, since each alone would read the weights again."""
+    prompts = [tokens(20 + 15 * i, i) for i in range(count)]
+    params = [GREEDY, GREEDY.clone(max_tokens=2), GREEDY.clone(logprobs=1), GREEDY][:count]
+    with static_prompts(runner_of(llm), SIZES) as asked:
+        found = llm.generate(prompts, params, use_tqdm=False)
+    assert asked == ([("prompt", padded_size(SIZES, len(prompt))) for prompt in prompts] if count < 4 else [])
+    for prompt, one, output in zip(prompts, params, found):
+        alone = llm.generate([prompt], one, use_tqdm=False)[0].outputs[0]
+        assert output.outputs[0].token_ids == alone.token_ids
+        assert (output.outputs[0].logprobs is None) == (alone.logprobs is None)
+
+
+FORM = StructuredOutputsParams(regex="[0-9]{3} [a-z]{2}")
+FORMED = SamplingParams(temperature=0.0, max_tokens=12, structured_outputs=FORM)
+DRAWN = SamplingParams(temperature=0.8, top_p=0.9, seed=5, max_tokens=5, ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    "newer,graphs", [([FORMED], 1), ([DRAWN, FORMED], 2), ([DRAWN, GREEDY, GREEDY], 0)], ids=["one", "two", "three"]
+)
+def test_prompts_beside_sequences_that_decode(llm, newer, graphs):
+    """Which are a part of their own: constrained ones, penalised ones, and those that end in this very step."""
+    older = [
+        GREEDY.clone(max_tokens=9),
+        FORMED,
+        SamplingParams(temperature=0.9, seed=7, max_tokens=9, frequency_penalty=0.5, ignore_eos=True),
+        GREEDY.clone(max_tokens=3),
+    ]
+    asks = [(tokens(12 + 7 * i, i), params) for i, params in enumerate([*older, *newer])]
+    alone = [llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids for prompt, params in asks]
+    engine, found = llm.llm_engine, {}
+
+    def step():
+        for output in engine.step():
+            if output.finished:
+                found[output.request_id] = output.outputs[0].token_ids
+
+    def add(first, last):
+        for i in range(first, last):
+            engine.add_request(str(i), {"prompt_token_ids": asks[i][0]}, asks[i][1])
+
+    add(0, 4)
+    step()
+    step()
+    with static_prompts(runner_of(llm), SIZES) as asked:
+        add(4, len(asks))
+        step()
+        step()
+        assert [name for name, _ in asked] == ["prompt"] * graphs
+        while engine.has_unfinished_requests:
+            step()
+    assert [found[str(i)] for i in range(len(asks))] == alone
+
+
+def test_a_prompt_whose_tokens_are_scored_is_left_alone(llm):
     scored = GREEDY.clone(prompt_logprobs=1)
     assert both_ways(llm, [tokens(20)], scored) == []
+    assert both_ways(llm, [tokens(20), tokens(30)], [scored, GREEDY]) == []
 
 
 def test_graphs_of_decoding_go_on_from_it(llm):

@@ -1,13 +1,14 @@
 """One step on the device: build the batch, run the model, sample, and leave a promise of the results.
 
-Nothing here waits for the device, so a step can be queued while the one before it is computed. Steps in which every sequence computes
-one token run on tensors that stay in place (`DecodeBatch`), on a GPU as two CUDA graphs: the network, and the choice of the tokens. So do
-steps with one chunk of one prompt (`PromptBatch`), if it is not too long; other steps are launched kernel by kernel.
+Nothing here waits for the device, so a step can be queued while the one before it is computed. Sequences that compute one token each run
+on tensors that stay in place (`DecodeBatch`), on a GPU as two CUDA graphs: the network, and the choice of the tokens. So does a chunk of a
+prompt (`PromptBatch`), if it is not too long. A step that would take more than a few graphs is launched kernel by kernel, all of it together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import islice
 
 import torch
@@ -32,6 +33,10 @@ from vllm.v1.worker.pending import PendingOutput
 from vllm.v1.worker.prompt_batch import PromptBatch
 
 MakeMasks = Callable[[], TokenMasks | None]
+
+MOST_PARTS = 3
+"""Parts that a step is computed in, one after the other: each reads the weights, and the host launches a whole step in the time of about
+three prompts' graphs (on an H200, 40 and 12 ms, benchmarks/results/bench/speed_35b_h200)."""
 
 
 class ModelRunner:
@@ -88,17 +93,23 @@ class ModelRunner:
         output = PendingOutput()
         if not scheduled.num_scheduled_tokens:
             return output
-        sequences = [self.batch.sequences[request_id] for request_id in scheduled.num_scheduled_tokens]
-        if all(sequence.is_decoding for sequence in sequences):
-            self._decode(tuple(scheduled.num_scheduled_tokens), sequences, output, make_masks)
-        elif (size := self._prompt_size(scheduled, sequences)) is not None:
-            ((request_id, n),) = scheduled.num_scheduled_tokens.items()
-            self._compute_prompt(request_id, sequences[0], n, size, output, make_masks)
-        else:
+        sequences = {request_id: self.batch.sequences[request_id] for request_id in scheduled.num_scheduled_tokens}
+        decoding = {request_id: sequence for request_id, sequence in sequences.items() if sequence.is_decoding}
+        prompts = {
+            request_id: n for request_id, n in scheduled.num_scheduled_tokens.items() if request_id not in decoding
+        }
+        sizes = [self._prompt_size(sequences[request_id], n) for request_id, n in prompts.items()]
+        if None in sizes or (prompts and bool(decoding) + len(prompts) > MOST_PARTS):
             self._compute_chunks(self.batch.build_step(scheduled), output, make_masks)
+            return output
+        masks = make_masks and cache(make_masks)
+        if decoding:
+            self._decode(tuple(decoding), list(decoding.values()), output, masks)
+        for (request_id, n), size in zip(prompts.items(), sizes, strict=True):
+            self._compute_prompt(request_id, sequences[request_id], n, size, output, masks)
         return output
 
-    # Steps of one token a sequence
+    # Sequences of one token each
 
     def _decode(
         self,
@@ -220,17 +231,17 @@ class ModelRunner:
             sample = ("sample", size, self.batch.sampling.plan)
             yield self.decode, sample, lambda size=size: self._graph_sample(size)
 
-    # Steps with one chunk of one prompt
+    # One chunk of one prompt
 
-    def _prompt_size(self, scheduled: SchedulerOutput, sequences: list[Sequence]) -> int | None:
-        """The size that this step's only chunk is padded to; None where kernels are launched one by one: for a long chunk, or several,
-        for a prompt whose tokens are scored, and for variants that ask the device for lengths.
+    def _prompt_size(self, sequence: Sequence, n: int) -> int | None:
+        """The size that a chunk of n tokens is padded to; None where kernels are launched one by one: for a long chunk, for a prompt whose
+        tokens are scored, and for variants that ask the device for lengths.
         """
-        if len(sequences) > 1 or sequences[0].sampling_params.prompt_logprobs is not None:
+        if sequence.sampling_params.prompt_logprobs is not None:
             return None
         if self.device.type == "cuda" and any(layer.variants.prefill == "torch" for layer in self._gdn_layers):
             return None
-        return padded_size(self._prompt_sizes, *scheduled.num_scheduled_tokens.values())
+        return padded_size(self._prompt_sizes, n)
 
     def _compute_prompt(
         self,
@@ -254,7 +265,7 @@ class ModelRunner:
     def _graph_prompt(self, size: int) -> None:
         self._hidden[:1].copy_(self.prompt.forward(self.model, size))
 
-    # Other steps with chunks of prompts
+    # Chunks of prompts with all else that there is
 
     def _compute_chunks(self, step: StepInputs, output: PendingOutput, make_masks: MakeMasks | None) -> None:
         batch = self.batch
@@ -307,4 +318,7 @@ class ModelRunner:
         if masks is None:
             return None
         place = {request_id: place for place, request_id in enumerate(request_ids)}
-        return DeviceMasks(masks.words, [place[request_id] for request_id in masks.request_ids], self.device)
+        ours = [i for i, request_id in enumerate(masks.request_ids) if request_id in place]
+        if not ours:
+            return None
+        return DeviceMasks(masks.words[ours], [place[masks.request_ids[i]] for i in ours], self.device)

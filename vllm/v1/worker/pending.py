@@ -51,12 +51,12 @@ class PendingOutput:
     """What one step will report. Collected while its work is queued; `result` waits for the device."""
 
     def __init__(self) -> None:
-        self._sampled: _Sampled | None = None
+        self._sampled: list[_Sampled] = []
         self._scored: list[_Scored] = []
 
     def add_sampled(self, request_ids: Sequence[str], packed: torch.Tensor, num_logprobs: Sequence[int | None]) -> None:
         """Args: packed [S, .] as `SamplerOutput.packed`, one row a request; how many log-probabilities each asked for."""
-        self._sampled = _Sampled(request_ids, HostCopy(packed), num_logprobs)
+        self._sampled.append(_Sampled(request_ids, HostCopy(packed), num_logprobs))
 
     def add_prompt_logprobs(self, request_id: str, scores: LogprobsTensors, num_logprobs: int) -> None:
         self._scored.append(_Scored(request_id, HostCopy(scores.packed()), num_logprobs))
@@ -64,8 +64,7 @@ class PendingOutput:
     def result(self) -> ModelRunnerOutput:
         """Sampled tokens and the log-probabilities asked for, by request id."""
         output = ModelRunnerOutput()
-        if self._sampled is not None:
-            sampled = self._sampled
+        for sampled in self._sampled:
             token_ids, logprobs = unpack(sampled.packed.wait(), sampled.num_logprobs)
             for request_id, token_id, scores in zip(sampled.request_ids, token_ids, logprobs, strict=True):
                 output.sampled_token_ids[request_id] = [token_id]
