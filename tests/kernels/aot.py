@@ -34,7 +34,7 @@ from vllm.model_executor.layers.fla.ops import (
     packed_decode,
 )
 from vllm.model_executor.layers.mamba.ops import causal_conv1d, causal_conv1d_update
-from vllm.model_executor.layers.ops import skinny_gemm
+from vllm.model_executor.layers.ops import silu_and_mul, skinny_gemm
 
 TYPES = {
     torch.float32: "*fp32",
@@ -91,6 +91,7 @@ def launch_all(dtype: torch.dtype, state_dtype: torch.dtype, K: int, V: int, Hk:
     weights = torch.zeros(dim + Hv * V + 2 * Hv, 1024, dtype=dtype)
     for rows in (1, 2, 16, 32) if dtype != torch.float32 else ():
         skinny_gemm.skinny_gemm_triton(weights[:rows], weights)
+    silu_and_mul.silu_and_mul_triton(x.new_zeros(3, 2 * 12288))
     l2norm.l2norm_fwd_triton(q)
     gating.fused_gdn_gating_triton(A_log, a, a, dt_bias)
     layernorm_guard.rmsnorm_gated_triton(z, norm, z)
@@ -207,7 +208,7 @@ def main() -> None:
     options = parser.parse_args()
     for module in (chunk, fused_decode, fused_recurrent, skinny_gemm):
         module.multiprocessors = lambda device: 132
-    for module in (fused_decode, skinny_gemm):
+    for module in (fused_decode, silu_and_mul, skinny_gemm):
         module.overlaps_launches = lambda device: True
     for case in options.case or CASES:
         for recorded in record(CASES[case]):

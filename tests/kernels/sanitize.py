@@ -33,6 +33,7 @@ from vllm.model_executor.layers.ops.fp8_gemm import fp8_gemm_triton, quantise_tr
 from vllm.model_executor.layers.ops.quantised_gemm import dequantise_triton, quantised_gemm_triton
 from vllm.model_executor.layers.ops.quantised_gemm_plan import TILES
 from vllm.model_executor.layers.ops.rms_norm import Unnormed
+from vllm.model_executor.layers.ops.silu_and_mul import silu_and_mul
 from vllm.model_executor.layers.ops.skinny_gemm import (
     quantised_gemm_cuda,
     skinny_gemm_add_cuda,
@@ -60,6 +61,7 @@ def decode(csrc: bool) -> None:
         fused_recurrent_gated_delta_rule(q, k, v, g, beta, **slots)
         a, b = x["a"][:, None], x["b"][:, None]
         o, _ = fused_sigmoid_gating_delta_rule_update(gates[0], a, b, gates[1], q, k, v, **slots)
+        silu_and_mul(x["a"].repeat(1, 9))
         rmsnorm_gated(o[:, 0], x["norm_weight"], x["z"].unflatten(1, (4, head_dim)))
         l2norm_fwd(q)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from vllm.model_executor.layers.ops.silu_and_mul import silu_and_mul
 
 
 class SiluAndMul(nn.Module):
@@ -12,5 +13,4 @@ class SiluAndMul(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., 2I] -> [..., I]."""
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return silu_and_mul(x)

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from vllm.model_executor.layers.ops.silu_and_mul import silu_and_mul
+
 WeightsOf = Callable[[torch.Tensor | slice], torch.Tensor]
 """Experts [n] (or a run of n) -> their dense matrices [n, rows, columns]."""
 
@@ -123,7 +125,7 @@ def experts_loop(x: torch.Tensor, experts: torch.Tensor, w13: WeightsOf, w2: Wei
         rows = order[begin : begin + count]
         begin += count
         one = slice(expert, expert + 1)
-        y[rows] = F.linear(_silu_and_mul(F.linear(x[rows // top_k], w13(one)[0])), w2(one)[0])
+        y[rows] = F.linear(silu_and_mul(F.linear(x[rows // top_k], w13(one)[0])), w2(one)[0])
     return y
 
 
@@ -141,7 +143,7 @@ def experts_grouped(
     ends = _ends(sorted_experts, num_experts).int()  # [E]
     # [T*k, D] -> [T*k, 2I] -> [T*k, I] -> [T*k, D], rows sorted by expert
     h = F.grouped_mm(x[order // top_k], w13().transpose(1, 2), offs=ends)
-    h = F.grouped_mm(_silu_and_mul(h), w2().transpose(1, 2), offs=ends)
+    h = F.grouped_mm(silu_and_mul(h), w2().transpose(1, 2), offs=ends)
     return torch.empty_like(h).index_copy_(0, order, h)
 
 
@@ -173,7 +175,7 @@ def experts_blocks(
     for begin in range(0, num_blocks, step):
         piece = slice(begin, begin + step)
         h = torch.bmm(blocks[piece], w13(of_block[piece]).transpose(1, 2))
-        y[piece] = torch.bmm(_silu_and_mul(h), w2(of_block[piece]).transpose(1, 2))
+        y[piece] = torch.bmm(silu_and_mul(h), w2(of_block[piece]).transpose(1, 2))
     out = x.new_empty(choices, x.shape[1])
     return out.index_copy_(0, order, y.view(num_blocks * block, -1)[place])
 
@@ -182,11 +184,6 @@ def combine(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted sum over each token's choices: y [T*k, D], weights [T, k] -> [T, D]."""
     T, top_k = weights.shape
     return torch.bmm(weights[:, None].to(y.dtype), y.view(T, top_k, -1))[:, 0]
-
-
-def _silu_and_mul(h: torch.Tensor) -> torch.Tensor:
-    gate, up = h.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 def _ends(sorted_experts: torch.Tensor, num_experts: int) -> torch.Tensor:
