@@ -42,6 +42,9 @@ class Linear(nn.Module):
         plan: chooses the scheme; all sources must share one (ValueError otherwise).
     """
 
+    adds = False
+    """Whether the result is for a residual to be added to."""
+
     def __init__(
         self,
         sources: Sequence[Source],
@@ -90,7 +93,7 @@ class Linear(nn.Module):
     def product(self) -> Product:
         """What decides whether norms and adds can be part of this projection."""
         weight = self.scheme.kernel_weight(self)
-        return Product(weight and weight.kind, self.out_features, self.in_features, self.bias is not None)
+        return Product(weight and weight.kind, self.out_features, self.in_features, self.bias is not None, self.adds)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.scheme}"
@@ -150,6 +153,8 @@ class ColumnParallelLinear(MergedColumnParallelLinear):
 
 class RowParallelLinear(Linear):
     """Input features cut over ranks; the ranks' partial results are summed. `prefix` is the checkpoint module."""
+
+    adds = True
 
     def __init__(
         self, input_size: int, output_size: int, *, prefix: str, bias: bool = False, plan: WeightPlan | None = None

@@ -43,9 +43,10 @@ def _vector_kernel(
     D: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    ADD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BN outputs of one row: sums along D in float32."""
+    """BN outputs of one row: sums along D in float32. With ADD what they are, rounded, is added to what is there."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     d = tl.arange(0, BK)
     # rows past the end repeat the last one, so that loads need no mask
@@ -54,6 +55,8 @@ def _vector_kernel(
     w = tl.load(at_w, mask=(d < D)[None, :], other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if ADD:
+        old = tl.load(y + n, mask=n < N, other=0.0).to(tl.float32)
     acc = tl.zeros([BN, BK], tl.float32)
     for i in tl.static_range(0, D, BK):
         ahead = w
@@ -64,7 +67,10 @@ def _vector_kernel(
         w = ahead
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    tl.store(y + n, tl.sum(acc, axis=1).to(y.dtype.element_ty), mask=n < N)
+    total = tl.sum(acc, axis=1).to(y.dtype.element_ty)
+    if ADD:
+        total = (total.to(tl.float32) + old).to(y.dtype.element_ty)
+    tl.store(y + n, total, mask=n < N)
 
 
 @triton.jit
@@ -119,6 +125,17 @@ def triton_tile(M: int, D: int) -> dict[str, int] | None:
 
 def skinny_gemm_triton(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Triton form of :func:`skinny_gemm`, for up to 32 rows."""
+    return _launch(x, weight, out, add=False)
+
+
+def skinny_gemm_add_triton(x: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> None:
+    """Triton form of :func:`skinny_gemm_add`, for one row."""
+    if x.numel() != x.shape[-1]:
+        raise ValueError(f"needs one row of x, got {tuple(x.shape)}")
+    _launch(x, weight, total, add=True)
+
+
+def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None, add: bool) -> torch.Tensor:
     N, D = weight.shape
     rows = x.reshape(-1, D)
     M = rows.shape[0]
@@ -134,7 +151,7 @@ def skinny_gemm_triton(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor 
     launch = {"PDL": overlap} | ({"launch_pdl": True} if overlap else {})
     grid = (triton.cdiv(N, tile["BN"]),)
     if M == 1:
-        _vector_kernel[grid](rows, weight, y, N, weight.stride(0), D=D, **tile, **launch)
+        _vector_kernel[grid](rows, weight, y, N, weight.stride(0), D=D, ADD=add, **tile, **launch)
     else:
         _rows_kernel[grid](rows, weight, y, M, N, rows.stride(0), weight.stride(0), y.stride(0), D=D, **tile, **launch)
     return y.view(*x.shape[:-1], N) if out is None else out
@@ -218,18 +235,20 @@ def csrc_gpu(device: torch.device) -> tuple[str, bool]:
     return torch.cuda.get_device_name(device), overlaps_launches(device) and ops.available(device)
 
 
-def _plan(x: torch.Tensor, N: int, kind: str = "plain", group: int = 0) -> Plan:
+def _plan(x: torch.Tensor, N: int, kind: str = "plain", group: int = 0, behind_norm: bool = False) -> Plan:
     K = x.shape[-1]
     gpu, csrc = csrc_gpu(x.device)
-    return plan_skinny_gemm(gpu, x.numel() // max(1, K), N, K, kind, group, csrc)
+    return plan_skinny_gemm(gpu, x.numel() // max(1, K), N, K, kind, group, csrc, behind_norm=behind_norm)
 
 
-def plan_of(x: torch.Tensor, weight: torch.Tensor) -> Plan:
+def plan_of(x: torch.Tensor | Unnormed, weight: torch.Tensor) -> Plan:
     """The plan for these tensors; dense where no kernel takes them."""
+    behind_norm = isinstance(x, Unnormed) and x.rows.dtype == x.weight.dtype == torch.bfloat16
+    x = rows_of(x)
     alike = x.dtype == weight.dtype and x.dtype in HALVES
     if not few_rows(x) or not alike or weight.stride(1) != 1 or weight.stride(0) % 8 or weight.data_ptr() % 16:
         return DENSE
-    return _plan(x, weight.shape[0])
+    return _plan(x, weight.shape[0], behind_norm=behind_norm)
 
 
 def skinny_gemm(x: torch.Tensor | Unnormed, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -244,7 +263,7 @@ def skinny_gemm(x: torch.Tensor | Unnormed, weight: torch.Tensor, out: torch.Ten
     Returns:
         ``out``, or a new ``[..., N]`` in x's dtype; sums are float32.
     """
-    plan = plan_of(rows_of(x), weight)
+    plan = plan_of(x, weight)
     if plan.form == "ring":
         folds = isinstance(x, Unnormed) and x.rows.dtype == x.weight.dtype == torch.bfloat16
         return skinny_gemm_cuda(x if folds else normed(x), weight, out, plan)
@@ -253,7 +272,7 @@ def skinny_gemm(x: torch.Tensor | Unnormed, weight: torch.Tensor, out: torch.Ten
 
 
 def skinny_gemm_add(x: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> None:
-    """``total += x @ weightᵀ``, the product rounded to x's dtype before it is added: in one kernel where csrc's is the fastest.
+    """``total += x @ weightᵀ``, the product rounded to x's dtype before it is added: in one kernel where that is the fastest without.
 
     Args:
         x: ``[..., D]``. weight: as in :func:`skinny_gemm`. total: contiguous ``[..., N]`` in x's dtype, not x itself.
@@ -261,6 +280,8 @@ def skinny_gemm_add(x: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) 
     plan = plan_of(x, weight)
     if plan.form == "ring" and x.dtype == torch.bfloat16:
         skinny_gemm_add_cuda(x, weight, total, plan)
+    elif plan.form == "vector":
+        skinny_gemm_add_triton(x, weight, total)
     else:
         total += skinny_gemm(x, weight)
 

@@ -67,28 +67,42 @@ def quantised_fits(M: int, K: int, kind: str, group: int) -> bool:
     return group % (4 * step) == 0 and chunks & (chunks - 1) == 0
 
 
-def plan_skinny_gemm(gpu: str, M: int, N: int, K: int, kind: str = "plain", group: int = 0, csrc: bool = True) -> Plan:
+def plan_skinny_gemm(
+    gpu: str,
+    M: int,
+    N: int,
+    K: int,
+    kind: str = "plain",
+    group: int = 0,
+    csrc: bool = True,
+    *,
+    behind_norm: bool = False,
+) -> Plan:
     """The fastest way for M rows of x [M, K] and a weight [N, K].
 
     Args:
         gpu: its name. One that was not measured is taken for one that was.
         csrc: whether csrc's kernels can be used there.
+        behind_norm: whether x is still to be normalised. The ring does that on the way, and may take a little longer for it.
     """
     if not 1 <= M <= MAX_ROWS:
         return DENSE
-    plan, otherwise = _measured(gpu, M, N, K, kind)
+    plan, otherwise, near = _measured(gpu, M, N, K, kind)
+    if behind_norm and csrc and near is not None:
+        plan = near
     fits = {"ring": ring_fits, "quantised": quantised_fits}.get(plan.form)
     return plan if fits is None or (csrc and fits(M, K, kind, group)) else otherwise
 
 
 @lru_cache
 def _table() -> dict[str, dict[str, dict[str, dict[str, dict]]]]:
-    """GPU -> kind -> "NxK" -> rows of x -> fields of a Plan, and the best form "otherwise" where that is csrc's."""
+    """GPU -> kind -> "NxK" -> rows of x -> fields of a Plan, the best form "otherwise" where that is csrc's, and the ring's Plan
+    "behind_norm" where it is not the fastest by less than a norm's kernel takes."""
     return json.loads(TABLE.read_text())
 
 
 @lru_cache(maxsize=4096)
-def _measured(gpu: str, M: int, N: int, K: int, kind: str) -> tuple[Plan, Plan]:
+def _measured(gpu: str, M: int, N: int, K: int, kind: str) -> tuple[Plan, Plan, Plan | None]:
     table = _table()
     shapes = table.get(gpu, next(iter(table.values()))).get(kind, {})
     alike = [(abs(math.log(int(n) / N)), int(n)) for n, k in (shape.split("x") for shape in shapes) if int(k) == K]
@@ -96,10 +110,10 @@ def _measured(gpu: str, M: int, N: int, K: int, kind: str) -> tuple[Plan, Plan]:
     measured = [int(m) for m in rows if int(m) >= M]
     if not measured:
         plan = _unmeasured(M, N, K) if kind == "plain" else Plan("quantised")
-        return plan, DENSE if plan.form == "quantised" else plan
+        return plan, DENSE if plan.form == "quantised" else plan, None
     entry = dict(rows[str(min(measured))])
-    otherwise = Plan(entry.pop("otherwise", "dense"))
-    return Plan(**entry), otherwise
+    otherwise, near = Plan(entry.pop("otherwise", "dense")), entry.pop("behind_norm", None)
+    return Plan(**entry), otherwise, near and Plan(**near)
 
 
 def _unmeasured(M: int, N: int, K: int) -> Plan:
@@ -114,13 +128,18 @@ class Product:
     """A projection behind a norm, or one whose result is added to a residual (`layers/folding.py`).
 
     kind: how the weight [N, K] is stored, as in KernelWeight; None: in another way.
+    adds: which of the two.
     """
 
     kind: str | None
     N: int
     K: int
     bias: bool = False
+    adds: bool = False
 
     def folds(self, rows: int, gpu: str) -> bool:
-        """Where csrc's kernel is the fastest: elsewhere another one, with the norm or the add beside it, may take less time."""
-        return self.kind == "plain" and not self.bias and plan_skinny_gemm(gpu, rows, self.N, self.K).form == "ring"
+        """Where a kernel that does both is the fastest: elsewhere another one, with the norm or the add beside it, may take less time."""
+        if self.kind != "plain" or self.bias:
+            return False
+        plan = plan_skinny_gemm(gpu, rows, self.N, self.K, behind_norm=not self.adds)
+        return plan.form == "ring" or (self.adds and plan.form == "vector")
