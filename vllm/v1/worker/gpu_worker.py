@@ -14,7 +14,7 @@ from vllm.v1.core.memory_plan import MemoryPlanError, PoolSizes, format_bytes, p
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.model_runner import MakeMasks, ModelRunner
 from vllm.v1.worker.pending import PendingOutput
-from vllm.v1.worker.warm_up import compile_in_threads, compile_kernels, run_largest_steps
+from vllm.v1.worker.warm_up import compile_in_children, compile_kernels, run_largest_steps
 
 logger = init_logger(__name__)
 
@@ -53,7 +53,7 @@ class Worker:
         self.runner.bind(sizes)
         if self.device.type == "cuda":
             if self.config.cache_config.kv_cache_memory_bytes is not None:
-                compile_in_threads(self.runner)
+                compile_in_children(self.runner)
                 compile_kernels(self.runner)  # otherwise they ran when memory was measured
             start = time.perf_counter()
             prompts, batches = self.runner.capture_graphs()
@@ -134,7 +134,7 @@ class Worker:
         limits = {"max_model_len": self.config.longest_chunk, "max_num_seqs": 1, "num_gpu_blocks_override": None}
         pools = self._plan(1 << 60, **limits)
         self.runner.bind(pools)
-        compile_in_threads(self.runner)
+        compile_in_children(self.runner)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         run_largest_steps(self.runner)

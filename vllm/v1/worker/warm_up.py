@@ -33,7 +33,7 @@ def compile_kernels(runner: ModelRunner) -> None:
         _run_prompts(runner, [3, longest // 2], _DRAWS, then_decode_first=True)
 
 
-def compile_in_threads(runner: ModelRunner) -> None:
+def compile_in_children(runner: ModelRunner) -> None:
     """Compile what those steps and the graphs launch, many kernels at once. No step takes its tokens from one that has not really run."""
 
     def rest() -> None:
