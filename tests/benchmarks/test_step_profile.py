@@ -2,7 +2,18 @@
 
 import pytest
 
-from vllm.benchmarks.step_profile import COMPONENT, REST, STEP, component_of, kernels_of, learn, learnt_from, summarise
+from vllm.benchmarks.step_profile import (
+    COMPONENT,
+    REST,
+    STEP,
+    Kernel,
+    component_of,
+    idle_share,
+    kernels_of,
+    learn,
+    learnt_from,
+    summarise,
+)
 
 
 def event(cat, name, ts, dur, tid=1, **args):
@@ -69,6 +80,18 @@ def test_kernels_of_graphs_are_attributed_by_a_run_without():
     assert sum(part["share"] for part in found["components"]) == pytest.approx(1)
 
 
+def test_idle_is_what_no_kernel_covers():
+    def kernel(start, us):
+        return Kernel("k", "", us, None, start)
+
+    assert idle_share([]) == idle_share([kernel(5, 0)]) == idle_share([kernel(5, 3)]) == 0.0
+    # the second begins within the first, the third after a gap of 4, the last within the third
+    assert idle_share([kernel(10, 6), kernel(14, 2), kernel(20, 10), kernel(22, 3)]) == pytest.approx(4 / 20)
+    assert idle_share([kernel(22, 3), kernel(20, 10), kernel(14, 9), kernel(10, 6)]) == 0.0
+    # 200 to 253: 5, 1, 2, 8, 1 and 3 are busy
+    assert summarise(kernels_of(gpu_trace()), 1)["idle_share"] == pytest.approx(33 / 53)
+
+
 def test_operators_count_the_time_that_is_their_own():
     trace = {
         "traceEvents": [
@@ -81,6 +104,7 @@ def test_operators_count_the_time_that_is_their_own():
         ]
     }
     found = summarise(kernels_of(trace), 1)
+    assert "idle_share" not in found
     assert {part["name"]: part["us_a_step"] for part in found["components"]} == {"router": 20, REST: 5}
     assert found["components"][0]["kernels"] == [
         {"name": "mm", "calls_a_step": 1, "us_a_step": 15},

@@ -118,6 +118,8 @@ def profiles(result: dict[str, Any], make: Table = table) -> str:
     for found in result["profile"]:
         name = f"{found['variant']} at {found['concurrency']}" if "variant" in found else f"at {found['concurrency']}"
         rows.append([f"{name}: all", f"{found['busy_us_a_step']:.1f}", "", f"{found['kernels_a_step']:.0f}", ""])
+        if "idle_share" in found:
+            rows.append(["    GPU idle, of the time", "", f"{found['idle_share']:.1%}", "", ""])
         for part in found["components"]:
             largest = part["kernels"][0]["name"][:48] if part["kernels"] else ""
             rows.append(

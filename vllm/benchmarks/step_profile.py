@@ -57,6 +57,7 @@ class Kernel:
     grid: str
     us: float
     component: str | None  # None: launched by a CUDA graph
+    start: float | None = None  # us, on the GPU's clock
 
 
 def component_of(path: str) -> str | None:
@@ -153,7 +154,9 @@ def kernels_of(trace: dict[str, Any]) -> list[Kernel]:
         if in_step:
             by_graph = "GraphLaunch" in launch["name"]
             grid = "x".join(map(str, event["args"].get("grid", ())))
-            found.append(Kernel(event["name"], grid, event["dur"], None if by_graph else component or REST))
+            found.append(
+                Kernel(event["name"], grid, event["dur"], None if by_graph else component or REST, event["ts"])
+            )
     return found
 
 
@@ -226,8 +229,19 @@ def learn(kernels: list[Kernel]) -> Learnt:
     }
 
 
+def idle_share(kernels: list[Kernel]) -> float:
+    """Of the time from the first kernel's start to the last one's end, what none of them covers. Kernels may overlap."""
+    idle, begin, end = 0.0, None, 0.0
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        if begin is None:
+            begin = end = kernel.start
+        idle += max(kernel.start - end, 0.0)
+        end = max(end, kernel.start + kernel.us)
+    return idle / (end - begin) if begin is not None and end > begin else 0.0
+
+
 def summarise(kernels: list[Kernel], steps: int, learnt: Learnt | None = None) -> dict[str, Any]:
-    """Kernels a step and microseconds a step, by component and by kernel, largest first."""
+    """Kernels a step and microseconds a step, by component and by kernel, largest first; of a GPU's, how much of the time it is idle."""
     learnt = learnt or {}
     total: dict[str, float] = defaultdict(float)
     count: dict[str, float] = defaultdict(float)
@@ -256,7 +270,8 @@ def summarise(kernels: list[Kernel], steps: int, learnt: Learnt | None = None) -
                 "kernels": [{"name": kernel, "calls_a_step": calls, "us_a_step": us} for kernel, (calls, us) in rows],
             }
         )
-    return {"steps": steps, "busy_us_a_step": busy, "kernels_a_step": sum(count.values()), "components": components}
+    found = {"steps": steps, "busy_us_a_step": busy, "kernels_a_step": sum(count.values()), "components": components}
+    return found | ({"idle_share": idle_share(kernels)} if all(kernel.start is not None for kernel in kernels) else {})
 
 
 def run_job(spec: dict[str, Any]) -> list[dict[str, Any]]:
