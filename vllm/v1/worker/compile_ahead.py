@@ -22,8 +22,16 @@ from vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
+MOST_CHILDREN = 16
+"""At a time, however many cores there are: each takes a few hundred MB."""
+
 CHILD_SECONDS = 60
 """A child that has not compiled its kernel by then is ended, and the kernel compiled here."""
+
+
+def at_a_time() -> int:
+    """Kernels that are compiled side by side: one a core that this process may use."""
+    return min(MOST_CHILDREN, len(os.sched_getaffinity(0)))
 
 
 class NotOnDisk(Exception):
@@ -38,7 +46,7 @@ class Compiling(ThreadPoolExecutor):
     """
 
     def __init__(self) -> None:
-        super().__init__(os.cpu_count())
+        super().__init__(at_a_time())
         self.compiled = 0
         self._one_at_a_time = threading.Lock()
         self._futures: list[Future] = []
@@ -136,6 +144,6 @@ def compile_ahead(first: Callable[[], None], rest: Callable[[], None]) -> None:
         first()
         if not threads.anything_new():
             return
-        logger.info("Compiling GPU kernels, %d at a time; later starts find them on disk", os.cpu_count())
+        logger.info("Compiling GPU kernels, %d at a time; later starts find them on disk", at_a_time())
         rest()
     logger.info("%d GPU kernels compiled in %.1f s", threads.compiled, time.perf_counter() - start)
