@@ -57,7 +57,6 @@ class Tile:
 TILES = {
     "registers": {
         True: (
-            Tile(256, 128, 8, 3, 1.0),
             Tile(128, 128, 8, 4, 0.86),
             Tile(64, 128, 4, 3, 0.87),
             Tile(64, 64, 4, 4, 0.8),
