@@ -119,15 +119,18 @@ struct Ring {
   __device__ void fill(Ask ask) {
     for (int i = 0; i < last; i += K::kStage) ask(at + i);
   }
-  // Waits for the next chunk and asks for another in place of the one before.
-  template <typename Ask>
-  __device__ void arrive(Ask ask) {
+  // Waits for the next chunk.
+  __device__ void arrive() {
     if (last == (kStages - 1) * K::kStage) {
       copy_wait<kStages - 2>();
     } else {
       copy_wait<kFew - 2>();
     }
     __syncwarp();
+  }
+  // Asks for a chunk in place of the one before.
+  template <typename Ask>
+  __device__ void refill(Ask ask) const {
     ask(at + before);
   }
   __device__ const unsigned char* scales(int lane) const {
@@ -159,19 +162,22 @@ __device__ inline float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
 
 #endif
 
+template <typename K>
+constexpr int kSumBytes = 2 * K::kTileSums * 4;  // of two tiles
+
 // h = silu(gate x) * up x; w's rows are gate's, then up's. h: [lists * 8, rows / 2]. K: two sixteens of rows.
 template <typename K, int kKeys>
 __global__ void __launch_bounds__(kWarps * 32, 2)
     gate_up_kernel(bf16* h, const bf16* x, const __grid_constant__ Stack w, const __grid_constant__ Routing r,
                    int stages) {
 #if __CUDA_ARCH__ >= 900
-  static_assert(K::kTall == 2 && K::kWide == 1 && K::kBuffers == 2, "");
+  static_assert(K::kTall == 2 && K::kWide == 1, "");
   const int lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x / 32), 0);  // the compiler should know it for the same
   unsigned char* const memory = dynamic_memory();
   float* const all_sums = reinterpret_cast<float*>(memory);
-  Lists lists(memory + K::kSumBytes, r.most_lists, false);
-  unsigned char* const rings = memory + K::kSumBytes + Lists::bytes(r.most_lists, false);
+  Lists lists(memory + kSumBytes<K>, r.most_lists, false);
+  unsigned char* const rings = memory + kSumBytes<K> + Lists::bytes(r.most_lists, false);
   wait_for_predecessor();
   let_successor_start();
   make_lists<kKeys, false>(lists, *reinterpret_cast<Scratch*>(rings), r);
@@ -223,21 +229,23 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
 #pragma unroll
       for (int step = 0; step < 4; step += 2) {
         multiply_steps<K>(acc, c, s, ring.scales(lane), ring.zeros(lane), ring.words + ring.stage, part, step, own,
-                          (begin + turn) >> w.shared_chunks, 0);
+                          (begin + turn) >> w.shared_chunks, 0, [&] {
+                            if (step == 0) ring.refill(ask);
+                          });
       }
       ring.leave();
     };
     if constexpr (K::kKeep > 0) {
 #pragma unroll
       for (int turn = 0; turn < kKept; ++turn) {
-        if (turn < mine) ring.arrive(ask), take(turn, kept[turn]);
+        if (turn < mine) ring.arrive(), take(turn, kept[turn]);
       }
     } else {
 #pragma unroll 1
       for (int turn = 0; turn < mine; ++turn) {
         Raw<K> raw;
         raw.template load<4>(from, begin + turn, 0);
-        ring.arrive(ask);
+        ring.arrive();
         unsigned factor[4];
         fill_factor<K>(factor);
 #pragma unroll
@@ -346,7 +354,7 @@ __global__ void __launch_bounds__(kMostDownWarps * 32)
     for (int turn = 0; turn < chunks; ++turn) {
       float c[1][1][4];
       Scales<K> s[1];
-      ring.arrive(ask);
+      ring.arrive();
       const bool last = turn + 1 == chunks;
 #pragma unroll
       for (int step = 0; step < 4; step += 2) {
@@ -355,7 +363,9 @@ __global__ void __launch_bounds__(kMostDownWarps * 32)
           raw.template load<X::kSpan>(last ? then : from, last ? 0 : turn + 1, step);
         }
         multiply_steps<K>(acc, c, s, ring.scales(lane), ring.zeros(lane), ring.words + ring.stage, part, step,
-                          scale_rows, turn >> w.shared_chunks, 0);
+                          scale_rows, turn >> w.shared_chunks, 0, [&] {
+                            if (step == 0) ring.refill(ask);
+                          });
       }
       ring.leave();
     }
@@ -402,7 +412,7 @@ void with_kind(const Stack& w, int experts, Run run) {
 // Bytes of shared memory.
 template <typename K>
 constexpr int gate_up_bytes(int most_lists, int stages) {
-  return K::kSumBytes + Lists::bytes(most_lists, false) + kWarps * stages * K::kStage;
+  return kSumBytes<K> + Lists::bytes(most_lists, false) + kWarps * stages * K::kStage;
 }
 template <typename K>
 constexpr int down_bytes(int tokens, int most_lists, int warps, int stages) {

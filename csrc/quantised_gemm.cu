@@ -18,14 +18,23 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-template <typename K>
+template <typename K, bool kOnce>
+constexpr auto kernel_of() {
+  if constexpr (kOnce) {
+    return quantised_once_kernel<K>;
+  } else {
+    return quantised_gemm_kernel<K>;
+  }
+}
+
+template <typename K, bool kOnce>
 void run(const Tensor& out, const Tensor& x, Problem p, int64_t ring) {
   const int device = x.get_device_index(), limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const auto bytes = [](int stages) { return K::kSumBytes + kWarps * stages * K::kStage; };
+  const auto bytes = [](int stages) { return (kOnce ? K::kTileSums * 4 : kSumBytes<K>)+kWarps * stages * K::kStage; };
   p.stages = bytes(kStages) <= std::min<int64_t>(ring, limit) ? kStages : kFew;
   // What a block takes beyond its need leaves room for fewer others beside it.
-  const int dynamic = std::max<int64_t>(bytes(p.stages), std::min<int64_t>(ring, limit));
-  const auto kernel = quantised_gemm_kernel<K>;
+  const int dynamic = std::max<int64_t>(bytes(kOnce ? K::kKeep : p.stages), std::min<int64_t>(ring, limit));
+  const auto kernel = kernel_of<K, kOnce>();
   STD_TORCH_CHECK(dynamic <= limit, "no shared memory for ", kFew, " stages of ", K::kStage, " bytes");
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic));
   int blocks = 0;
@@ -36,7 +45,8 @@ void run(const Tensor& out, const Tensor& x, Problem p, int64_t ring) {
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   const int most = std::max(1, blocks) * attribute(cudaDevAttrMultiProcessorCount, device);
-  config.gridDim = dim3(std::min(most, (p.N + K::kRows - 1) / K::kRows));
+  const int tiles = (p.N + K::kRows - 1) / K::kRows;
+  config.gridDim = dim3(kOnce ? tiles : std::min(most, tiles));
   config.blockDim = dim3(kWarps * 32);
   config.dynamicSmemBytes = dynamic;
   config.stream = current_stream(x);
@@ -63,16 +73,18 @@ void check_scales(Problem& p, Format format, const Tensor& scale, const std::opt
   STD_TORCH_CHECK(scale_rows >= 1 && scale.dim() == 2 && scale.stride(1) == 1 &&
                       scale.size(0) == (p.N + scale_rows - 1) / scale_rows && scale.size(1) == groups,
                   "scale must hold one number for each ", scale_rows, " x ", group, " of [", p.N, ", ", columns, "]");
+  STD_TORCH_CHECK(scale.stride(0) < (1 << 24), "rows of scale are too far apart");
   p.scale = static_cast<const unsigned char*>(scale.data_ptr());
   p.scale_type = scale_type(scale, format);
-  p.scale_row = scale.stride(0) * scale.element_size();
+  p.scale_row = unsigned(scale.stride(0) * scale.element_size());
   p.scale_rows = int(scale_rows);
   if (zero.has_value()) {
     STD_TORCH_CHECK(format == Format::kInt4 && zero->scalar_type() == ScalarType::Byte && zero->dim() == 2 &&
-                        zero->stride(1) == 1 && zero->size(0) == scale.size(0) && zero->size(1) == groups,
+                        zero->stride(1) == 1 && zero->size(0) == scale.size(0) && zero->size(1) == groups &&
+                        zero->stride(0) < (1 << 24),
                     "zero must be uint8 of the scale's shape, with int4");
     p.zero = static_cast<const unsigned char*>(zero->data_ptr());
-    p.zero_row = zero->stride(0);
+    p.zero_row = unsigned(zero->stride(0));
   }
   if (row_scale.has_value()) {
     STD_TORCH_CHECK(format == Format::kFp4 && row_scale->scalar_type() == ScalarType::Float && row_scale->dim() == 1 &&
@@ -107,8 +119,8 @@ void quantised_gemm(const Tensor out, const Tensor x, const Tensor weight, const
   if (M == 0 || N == 0) return;
   p.x_row = x.stride(0), p.y_row = out.stride(0);
   p.w = static_cast<const unsigned char*>(weight.data_ptr());
-  p.w_row = weight.stride(0) * weight.element_size();
-  STD_TORCH_CHECK(p.x_row < (1 << 26) && p.w_row < (1 << 26), "rows of x or weight are too far apart");
+  p.w_row = unsigned(weight.stride(0) * weight.element_size());
+  STD_TORCH_CHECK(p.x_row < (1 << 26) && weight.stride(0) < (1 << 24), "rows of x or weight are too far apart");
   STD_TORCH_CHECK(group >= 1, "groups of ", group, " columns cannot be read");
   check_scales(p, format, scale, zero, row_scale, K, group, scale_rows);
   const Plan plan = plan_scales(p, format, K, group);
@@ -119,7 +131,7 @@ void quantised_gemm(const Tensor out, const Tensor x, const Tensor weight, const
                   "overlapping launches need sm_90 or newer");
   with_kind(p, format, plan, 2 * attribute(cudaDevAttrMultiProcessorCount, device),
             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-            [&](auto kind) { run<decltype(kind)>(out, x, p, ring); });
+            [&](auto kind, auto once) { run<decltype(kind), once.value>(out, x, p, ring); });
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Which of quantised_gemm.cuh's kernels multiplies with a weight.
 #pragma once
 
-#include "quantised_gemm.cuh"
+#include "quantised_once.cuh"
 
 namespace vllm {
 namespace quantised {
@@ -42,7 +42,8 @@ inline Plan plan_scales(Problem& p, Format format, int64_t columns, int64_t grou
 
 constexpr int kTallBytes = 144 << 10;  // shared memory enough for tall tiles and any rows of x
 
-// Calls run with the kind of kernel for a problem, so many blocks, and as many bytes of shared memory for each.
+// Calls run with the kind of kernel for a problem, so many blocks, two to a multiprocessor, and as many bytes of shared
+// memory for each; and with whether it is the kernel for one tile a block.
 template <typename Run>
 void with_kind(const Problem& p, Format format, Plan plan, int blocks, int memory, Run run) {
   using std::integral_constant;
@@ -58,13 +59,26 @@ void with_kind(const Problem& p, Format format, Plan plan, int blocks, int memor
     constexpr bool kZero = decltype(zero)::value;
     constexpr int kShare = decltype(share)::value;
     constexpr int kKeep = elements(kFormat) == 8 ? 2 : 4;
-    if (p.M > 16 && tall) return run(Kind<kFormat, kScaling, kZero, kShare, 4, 2, 0>());
-    if (p.M > 16) return run(Kind<kFormat, kScaling, kZero, kShare, 4, 1, 0>());
-    if (p.M > 8 && tall) return run(Kind<kFormat, kScaling, kZero, kShare, 2, 2, 0>());
-    if (p.M > 8) return run(Kind<kFormat, kScaling, kZero, kShare, 2, 1, 0>());
-    if (p.row_bytes <= kKeep * kWarps * kChunk) return run(Kind<kFormat, kScaling, kZero, kShare, 1, 1, kKeep>());
-    if (tall) return run(Kind<kFormat, kScaling, kZero, kShare, 1, 2, 0>());
-    return run(Kind<kFormat, kScaling, kZero, kShare, 1, 1, 0>());
+    // Four bits come with as many requests for scales as for weights, unless a tile's are asked for together.
+    constexpr int kAsked = elements(kFormat) == 8 ? 2 : 1;
+    // Where a warp's part of x has room in registers it is fetched once, but for int4's sums and sixteen rows of x.
+    const bool few = p.row_bytes <= kKeep * kWarps * kChunk;
+    const bool keep = few && (kAsked == 1 || p.row_bytes % (kAsked * kWarps * kChunk) == 0);
+    const bool once = few && 2 * ((p.N + kTile - 1) / kTile) <= blocks;
+    constexpr std::true_type one_tile{};
+    constexpr std::false_type many{};
+    if (p.M > 16 && tall) return run(Kind<kFormat, kScaling, kZero, kShare, 4, 2, 0>(), many);
+    if (p.M > 16) return run(Kind<kFormat, kScaling, kZero, kShare, 4, 1, 0>(), many);
+    if (p.M > 8 && once) return run(Kind<kFormat, kScaling, kZero, kShare, 2, 1, kKeep>(), one_tile);
+    if constexpr (kFormat != Format::kInt4) {
+      if (p.M > 8 && keep) return run(Kind<kFormat, kScaling, kZero, kShare, 2, 1, kKeep, kAsked>(), many);
+    }
+    if (p.M > 8 && tall) return run(Kind<kFormat, kScaling, kZero, kShare, 2, 2, 0>(), many);
+    if (p.M > 8) return run(Kind<kFormat, kScaling, kZero, kShare, 2, 1, 0>(), many);
+    if (once) return run(Kind<kFormat, kScaling, kZero, kShare, 1, 1, kKeep>(), one_tile);
+    if (keep) return run(Kind<kFormat, kScaling, kZero, kShare, 1, 1, kKeep, kAsked>(), many);
+    if (tall) return run(Kind<kFormat, kScaling, kZero, kShare, 1, 2, 0>(), many);
+    return run(Kind<kFormat, kScaling, kZero, kShare, 1, 1, 0>(), many);
   };
   constexpr integral_constant<Scaling, Scaling::kShort> shorts{};
   constexpr integral_constant<Scaling, Scaling::kAny> any{};

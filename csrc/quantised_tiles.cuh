@@ -28,23 +28,22 @@ constexpr int kPitch = kChunk + 16;  // bytes from one row of a stage to the nex
 // Which kernel. share: steps that share a scale, 4 for a chunk or more. wide: eights of x's rows. tall: sixteens of
 // W's rows in a tile. keep: chunks of x that a warp keeps in registers, all that it ever needs; 0: it reads them again
 // for each tile.
-template <Format kForm, Scaling kScales, bool kHasZero, int kShared, int kEights, int kSixteens, int kKept>
+// asked: chunks of a warp's that are asked for together.
+template <Format kForm, Scaling kScales, bool kHasZero, int kShared, int kEights, int kSixteens, int kKept,
+          int kTogether = 1>
 struct Kind {
   static constexpr Format kFormat = kForm;
   static constexpr Scaling kScaling = kScales;
   static constexpr bool kZero = kHasZero, kRow = kScales == Scaling::kRow, kFp4 = kForm == Format::kFp4;
   static constexpr bool kOneSum = kRow || kFp4;  // of all of a row's products, whatever its groups
-  static constexpr int kShare = kShared, kWide = kEights, kTall = kSixteens, kKeep = kKept;
+  static constexpr int kShare = kShared, kWide = kEights, kTall = kSixteens, kKeep = kKept, kAsked = kTogether;
   static constexpr int kRows = kTile * kTall, kOut = kColumns * kWide, kGroups = 4 / kShare;  // of a tile; of a chunk
   // Bytes of a stage that a row's scales and zero points take: those of a chunk, or the word in which its only one is.
   static constexpr int kScaleSlot = kRow ? 0 : kGroups == 1 ? 4 : kGroups * (kScaling == Scaling::kShort ? 2 : 4);
   static constexpr int kZeroSlot = kZero ? 4 : 0;
   static constexpr int kStage = kRows * (kPitch + kScaleSlot + kZeroSlot);
-  // The warps' sums: floats from one column to the next, written and read without conflicts. Where they are small,
-  // those of two tiles have room, which spares the threads a meeting.
+  // The warps' sums of a tile: floats from one column to the next, written and read without conflicts.
   static constexpr int kSumPitch = kRows + 4, kTileSums = kWarps * kOut * kSumPitch;
-  static constexpr int kBuffers = kOut * kRows > 256 ? 1 : 2;
-  static constexpr int kSumBytes = kBuffers * kTileSums * 4;
   static constexpr int kBlocks = kWide > 2 ? 1 : 2;  // on a multiprocessor, at least
 };
 
@@ -88,6 +87,16 @@ struct Raw {
   }
 };
 
+// Words of x in the order of W's pairs.
+template <typename K>
+__device__ inline void in_order(unsigned (&pairs)[Raw<K>::kWords], const unsigned (&x)[Raw<K>::kWords]) {
+#pragma unroll
+  for (int i = 0; i < Raw<K>::kWords / 2; ++i) {
+    pairs[2 * i] = __byte_perm(x[i], x[i + Raw<K>::kWords / 2], 0x5410);
+    pairs[2 * i + 1] = __byte_perm(x[i], x[i + Raw<K>::kWords / 2], 0x7632);
+  }
+}
+
 // The same in the order of W's pairs, and for int4 what a group's products begin with, in every row of W or, where rows
 // have zero points, times what is to be taken from their elements.
 template <typename K>
@@ -105,10 +114,11 @@ struct Part {
 #pragma unroll
     for (int step = first; step < first + kSpan; ++step) {
       const unsigned (&v)[kPairs] = x.words[step];
+      if constexpr (kOrdered) {
 #pragma unroll
-      for (int i = 0; i < kPairs / 2; ++i) {
-        pairs[step][2 * i] = kOrdered ? v[2 * i] : __byte_perm(v[i], v[i + kPairs / 2], 0x5410);
-        pairs[step][2 * i + 1] = kOrdered ? v[2 * i + 1] : __byte_perm(v[i], v[i + kPairs / 2], 0x7632);
+        for (int i = 0; i < kPairs; ++i) pairs[step][i] = v[i];
+      } else {
+        in_order<K>(pairs[step], v);
       }
       if constexpr (K::kFormat == Format::kFp8) {
 #pragma unroll
@@ -211,31 +221,42 @@ struct ScaleRows {
   int scale[2 * K::kTall], zero[2 * K::kTall];
 };
 
-// acc += two steps of a chunk of W times x. scales, zeros: of row lane / 4 in the stage; words: where the lane names
-// rows to load_tiles, in the stage's first step; group: that of the chunk in its row, where it has but one.
+// The scales and zero points of the steps that begin with this one, of sixteen rows: those in a stage at row lane / 4
+// of them, the i-th sixteen of a tile. group: that of the chunk in its row, where it has but one.
 template <typename K>
+__device__ inline void read_scales(Scales<K>& s, const unsigned char* scales, const unsigned char* zeros, int step,
+                                   int i, const ScaleRows<K>& rows, int group, int type) {
+  const int index = K::kGroups > 1 ? step / K::kShare : group;
+  int scale_at[2], zero_at[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int at = index * scale_size<K>(type);
+    scale_at[half] = K::kGroups > 1 ? at : (rows.scale[2 * i + half] + at) & 3;
+    zero_at[half] = K::kGroups > 1 ? index : (rows.zero[2 * i + half] + index) & 3;
+  }
+  const int at = i * kTile;
+  s.read(scales + at * K::kScaleSlot, zeros + at * K::kZeroSlot, scale_at, zero_at, type);
+}
+
+// acc += two steps of a chunk of W times x. scales, zeros: of row lane / 4 in the stage; words: where the lane names
+// rows to load_tiles, in the stage's first step; group: as for read_scales; meanwhile: called when all that is asked of
+// the stage has been.
+template <typename K, typename F>
 __device__ inline void multiply_steps(float (&acc)[K::kTall][K::kWide][4], float (&c)[K::kTall][K::kWide][4],
                                       Scales<K> (&s)[K::kTall], const unsigned char* scales, const unsigned char* zeros,
                                       unsigned words, const Part<K> (&x)[K::kWide], int step, const ScaleRows<K>& rows,
-                                      int group, int type) {
+                                      int group, int type, const F& meanwhile) {
+  unsigned w[K::kTall][4];  // both of a step, both of the next
 #pragma unroll
   for (int i = 0; i < K::kTall; ++i) {
-    if (!K::kRow && step % K::kShare == 0) {
-      const int index = K::kGroups > 1 ? step / K::kShare : group;
-      int scale_at[2], zero_at[2];
+    load_tiles(w[i], words + i * kTile * kPitch + step * 16);
+    if (!K::kRow && step % K::kShare == 0) read_scales<K>(s[i], scales, zeros, step, i, rows, group, type);
+  }
+  meanwhile();
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = index * scale_size<K>(type);
-        scale_at[half] = K::kGroups > 1 ? at : (rows.scale[2 * i + half] + at) & 3;
-        zero_at[half] = K::kGroups > 1 ? index : (rows.zero[2 * i + half] + index) & 3;
-      }
-      const int at = i * kTile;
-      s[i].read(scales + at * K::kScaleSlot, zeros + at * K::kZeroSlot, scale_at, zero_at, type);
-    }
-    unsigned w[4];  // both of a step, both of the next
-    load_tiles(w, words + i * kTile * kPitch + step * 16);
-    multiply<K>(acc[i], c[i], w[0], w[1], x, s[i], step);
-    multiply<K>(acc[i], c[i], w[2], w[3], x, s[i], step + 1);
+  for (int i = 0; i < K::kTall; ++i) {
+    multiply<K>(acc[i], c[i], w[i][0], w[i][1], x, s[i], step);
+    multiply<K>(acc[i], c[i], w[i][2], w[i][3], x, s[i], step + 1);
   }
 }
 

@@ -23,15 +23,22 @@ from vllm.logger import init_logger
 ROOT = Path(__file__).resolve().parent.parent
 
 
-ON_THE_DEVICE = ("accuracy", "entrypoints/test_llm.py", "v1/engine/test_llm_engine.py")
-"""Tests of whole engines, which take the GPU where there is one: they are among its tests then."""
+ON_THE_DEVICE = (
+    "accuracy",
+    "csrc/test_experts_int4.py",
+    "csrc/test_quantised_gemm.py",
+    "entrypoints/test_llm.py",
+    "v1/engine/test_llm_engine.py",
+)
+"""Tests that take the GPU where there is one, as those do that ask for a `device`: they are among its tests then."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         for item in items:
-            if item.path.relative_to(ROOT / "tests").as_posix().startswith(ON_THE_DEVICE):
+            on_the_device = item.path.relative_to(ROOT / "tests").as_posix().startswith(ON_THE_DEVICE)
+            if on_the_device or "device" in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.gpu)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not torch.cuda.is_available():

@@ -2,7 +2,7 @@
 
 import ctypes
 import itertools
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import c_int, c_int64, c_uint, c_void_p
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ class Problem(ctypes.Structure):
         *((name, c_int) for name in ("M", "N", "row_bytes", "stages", "late")),
         *((name, c_int64) for name in ("x_row", "y_row")),
         *((name, c_void_p) for name in ("w", "scale", "zero", "row_scale")),
-        *((name, c_int64) for name in ("w_row", "scale_row", "zero_row")),
+        *((name, c_uint) for name in ("w_row", "scale_row", "zero_row")),
         *((name, c_int) for name in ("scale_rows", "scale_type", "shared_chunks", "inverse", "inverse_shift")),
     ]
 
@@ -164,6 +164,36 @@ def test_tall_tiles(form, K, N, M):
     expected = quantised_gemm_reference(x, w)
     assert tall == 2 and (y.float() - expected).abs().max() / expected.abs().max() < 5e-3
     assert emulated(x, w, blocks=-(-N // 16))[2] == 1
+
+
+@pytest.mark.parametrize("M", [1, 8, 9, 16])
+@pytest.mark.parametrize("N", [1, 40, pytest.param(2800, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "form,K",
+    [
+        ("int4", 2048),
+        ("int4", 640),
+        ("int4 zero", 2048),
+        ("int4 128", 1152),
+        ("int8 32", 2048),
+        ("int8 128", 1152),
+        ("int8 row", 2048),
+        ("fp8 block", 2048),
+        ("fp8 block", 1600),
+        ("fp8 row", 704),
+        ("fp4 nv", 2048),
+        ("fp4 nv", 384),
+    ],
+)
+def test_one_tile_a_block_or_many(form, K, N, M):
+    """The kernel that has W in registers before x is known, and the one that has all of a warp's x there."""
+    if torch.cuda.is_available():
+        return check(N, K, M, form, ANY)
+    w, x = stored((N, K), form, torch.bfloat16, "cpu"), torch.randn(M, K).bfloat16()
+    expected = quantised_gemm_reference(x, w)
+    for blocks, stages in ((2 * -(-N // 16), FEW), (1, FEW), (1, STAGES)):
+        y, _, tall = emulated(x, w, blocks=blocks, stages=stages)
+        assert (tall == 0) == (blocks > 1) and (y.float() - expected).abs().max() / expected.abs().max() < 5e-3
 
 
 @pytest.mark.parametrize("scale_rows", [1, 2, 3, 7, 45, 100])

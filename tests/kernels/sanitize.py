@@ -108,8 +108,14 @@ def projections(csrc: bool) -> None:
     for form in QUANTISED:
         skinny_gemm_cuda(torch.randn(9, 2048, device="cuda").bfloat16(), quantised(form, 45, 2048))
     for form, rows in itertools.product([form for form in QUANTISED if form != "fp8 128"], (1, 9, 20)):
-        for columns in (512, 2048, 5120):
-            quantised_gemm_cuda(torch.randn(rows, columns, device="cuda").bfloat16(), quantised(form, 45, columns))
+        for weight_rows, columns in (
+            (45, 512),
+            (45, 2048),
+            (45, 5120),
+            (2800, 2048),
+        ):  # the last: more tiles than blocks
+            x = torch.randn(rows, columns, device="cuda").bfloat16()
+            quantised_gemm_cuda(x, quantised(form, weight_rows, columns))
 
 
 def many_rows() -> None:

@@ -223,6 +223,7 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
 }
 inline float __uint_as_float(unsigned x) { return from_bits<float>(x); }
 inline int __float_as_int(float x) { return from_bits<int>(to_bits(x)); }
+inline unsigned __float_as_uint(float x) { return to_bits(x); }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 using std::max;
 using std::min;

@@ -23,6 +23,7 @@ from tests.v1.worker.static_prompts import (
 from vllm import LLM, SamplingParams
 from vllm.config.compilation import PROMPT_SIZES, prompt_sizes
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.worker import model_runner
 from vllm.v1.worker.cudagraph import padded_size
 
 NAN = float("nan")
@@ -147,6 +148,15 @@ def test_few_prompts_of_a_step_are_computed_one_by_one(llm, count):
         alone = llm.generate([prompt], one, use_tqdm=False)[0].outputs[0]
         assert output.outputs[0].token_ids == alone.token_ids
         assert (output.outputs[0].logprobs is None) == (alone.logprobs is None)
+
+
+@pytest.mark.parametrize("most,graphs", [(63, 0), (64, 2)])
+def test_a_step_of_many_tokens_is_computed_together(llm, monkeypatch, most, graphs):
+    monkeypatch.setattr(model_runner, "MOST_PARTS_TOKENS", most)
+    assert [padded_size(SIZES, n) for n in (20, 31)] == [32, 32]
+    with static_prompts(runner_of(llm), SIZES) as asked:
+        llm.generate([tokens(20, 0), tokens(31, 1)], GREEDY, use_tqdm=False)
+    assert len(asked) == graphs
 
 
 FORM = StructuredOutputsParams(regex="[0-9]{3} [a-z]{2}")

@@ -37,6 +37,8 @@ MakeMasks = Callable[[], TokenMasks | None]
 MOST_PARTS = 3
 """Parts that a step is computed in, one after the other: each reads the weights, and the host launches a whole step in the time of about
 three prompts' graphs (on an H200, 40 and 12 ms, benchmarks/results/bench/speed_35b_h200)."""
+MOST_PARTS_TOKENS = 2048
+"""Tokens of prompts up to which a step has parts: the GPU needs longer for more of them than the host does, and for parts longer still."""
 
 
 class ModelRunner:
@@ -99,7 +101,8 @@ class ModelRunner:
             request_id: n for request_id, n in scheduled.num_scheduled_tokens.items() if request_id not in decoding
         }
         sizes = [self._prompt_size(sequences[request_id], n) for request_id, n in prompts.items()]
-        if None in sizes or (prompts and bool(decoding) + len(prompts) > MOST_PARTS):
+        parts = bool(decoding) + len(prompts)
+        if None in sizes or (prompts and (parts > MOST_PARTS or sum(sizes) > MOST_PARTS_TOKENS)):
             self._compute_chunks(self.batch.build_step(scheduled), output, make_masks)
             return output
         masks = make_masks and cache(make_masks)

@@ -118,13 +118,14 @@ def _place_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    total, before = tl.zeros([EP], tl.int32), tl.zeros([EP], tl.int32)
+    # [GP, EP]: added up once, since threads meet for that
+    totals, befores = tl.zeros([GP, EP], tl.int32), tl.zeros([GP, EP], tl.int32)
     for g0 in range(0, chunks, GP):
         g = g0 + tl.arange(0, GP)
-        # [GP, EP]
         count = tl.load(counts + g[:, None] * EP + e[None, :], mask=(g < chunks)[:, None], other=0)
-        total += tl.sum(count, axis=0)
-        before += tl.sum(tl.where((g < pid)[:, None], count, 0), axis=0)
+        totals += count
+        befores += tl.where((g < pid)[:, None], count, 0)
+    total, before = tl.sum(totals, axis=0), tl.sum(befores, axis=0)
     own = (total + BLOCK - 1) // BLOCK
     end = tl.cumsum(own, axis=0)
     if pid < chunks:
@@ -166,7 +167,7 @@ def route_triton(logits: torch.Tensor, num_experts: int, top_k: int, block: int)
     KP = triton.next_power_of_2(top_k)
     counted = {"TOP_K": top_k, "KP": KP, "EP": EP, "BT": BT, "num_warps": BT}
     _route_kernel[(chunks,)](logits, experts, shares, counts, T, E, logits.stride(0), **counted, **launch)
-    tile = {"EP": EP, "BC": BT * KP, "CHUNK": BT * top_k, "BLOCK": block, "BB": 16, "GP": 8, "num_warps": 8}
+    tile = {"EP": EP, "BC": BT * KP, "CHUNK": BT * top_k, "BLOCK": block, "BB": 16, "GP": 16, "num_warps": 8}
     grid = (chunks + triton.cdiv(blocks, 16),)
     _place_kernel[grid](experts, counts, *lists, T * top_k, E, chunks, blocks, **tile, **launch)
     return Routed(block, shares, *lists)
