@@ -217,7 +217,7 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path, capsys):
         ),
         (
             ["--a", "base", "--b", "base", "--concurrency", "4", "--num-gpu-blocks-override", "6"],
-            "attention pages allow 2",
+            "attention pages allow 3",
         ),
         (["--a", "base", "--b", "base", "--output-len", "3"], "raise --output-len"),
         (["--a", "base", "--b", "gdn_in_proj=serial", "--max-logprob-difference", "0"], "log-probabilities differ by"),

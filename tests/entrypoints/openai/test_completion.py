@@ -136,6 +136,15 @@ def test_n(server):
     assert body["usage"]["completion_tokens"] == 32
 
 
+def test_a_token_without_text_is_streamed(server):
+    """Such as one that the tokenizer does not know: its reader sees when it came."""
+    (special,) = token_ids(server, "<|im_start|>")
+    only = {"allowed_token_ids": [special], "ignore_eos": True, "max_tokens": 3, "temperature": 0}
+    events = server.stream(PATH, {"prompt": SUM, **only})
+    chunks = [choice for chunk in events for choice in chunk["choices"]]
+    assert [(chunk["text"], chunk["finish_reason"]) for chunk in chunks] == [("", None), ("", None), ("", "length")]
+
+
 def test_many_prompts_in_one_stream(server):
     prompts = [f"{n}+{n}=" for n in range(10, 34)]
     events = server.stream(PATH, {"prompt": prompts, "temperature": 0, "stop": "\n", "max_tokens": 4})

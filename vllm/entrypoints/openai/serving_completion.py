@@ -143,7 +143,9 @@ class _Answer:
                 choice = self._choices[number * self._n + completion.index]
                 chunk = self._choice(choice, scores.get(number, output), completion, whole=False)
                 usage = self._context.usage(prompt_tokens, tokens, sum(cached)) if every_usage else None
-                if chunk["text"] or chunk["finish_reason"] or chunk["logprobs"] or self._request.return_token_ids:
+                # A token tells a reader something even while it has no text: when it came.
+                made = completion.token_ids and not self._prompt_only
+                if made or chunk["text"] or chunk["finish_reason"] or chunk["logprobs"]:
                     pieces.append(writer.choice(chunk, usage))
             if pieces:
                 yield b"".join(pieces)
