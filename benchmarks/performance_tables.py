@@ -28,7 +28,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def decode() -> str:
     """Tokens a second of the whole model, and where its bytes are."""
-    name = "bench/speed_35b_h200/ab.json"
+    name = "bench/ab_in_proj_35b_h200/ab.json"
     result = read(name)
     fused = next(key for key, variant in result["variants"].items() if variant["text"] == "gdn_in_proj=fused")
     floors = {row["concurrency"]: row for row in result["roofline"]["rows"] if row["variant"] == fused}

@@ -36,7 +36,7 @@ MakeMasks = Callable[[], TokenMasks | None]
 
 MOST_PARTS = 3
 """Parts that a step is computed in, one after the other: each reads the weights, and the host launches a whole step in the time of about
-three prompts' graphs (on an H200, 40 and 12 ms, benchmarks/results/bench/speed_35b_h200)."""
+four prompts' graphs (on an H200, 52 and 13 ms: ab_in_proj_35b_h200 and ttft_128_h200 in benchmarks/results/bench)."""
 MOST_PARTS_TOKENS = 2048
 """Tokens of prompts up to which a step has parts: the GPU needs longer for more of them than the host does, and for parts longer still."""
 
