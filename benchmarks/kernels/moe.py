@@ -24,10 +24,29 @@ from vllm.model_executor.models.qwen3_5 import SparseMoE
 
 TOKENS = (1, 2, 4, 8, 12, 16, 32, 64, 128, 256, 1024, 4096)
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
+
+def compressed(form: str, **weights: object) -> dict:
+    """A configuration of compressed-tensors for weights alone, of the experts' layers and the shared expert's."""
+    group = {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False, **weights}}
+    ignored = ["lm_head", r"re:.*mlp\.gate$", r"re:.*shared_expert_gate$"]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": group},
+        "ignore": ignored,
+        "quantization_status": "compressed",
+    }
+
+
+INT8 = compressed("pack-quantized", num_bits=8, type="int", strategy="group", group_size=128)
+FP4 = compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16)
 WEIGHTS = {  # preset, and how its weights are stored where it does not say
     "int4 g32": ("preset:qwen3.5-35b-a3b-awq-4bit", None),
     "bf16": ("preset:qwen3.5-35b-a3b", None),
     "fp8 blocks": ("preset:qwen3.5-35b-a3b", FP8),
+    "int8 g128": ("preset:qwen3.5-35b-a3b", INT8),
+    "fp4": ("preset:qwen3.5-35b-a3b", FP4),
 }
 LAYERS = 4
 

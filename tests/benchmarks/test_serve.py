@@ -177,6 +177,27 @@ def test_a_real_server_without_model(tmp_path):
             ).is_file()
 
 
+def test_tokens_without_text_are_timed(tmp_path, capsys):
+    """As a preset's are, whose model has a larger vocabulary than the tokenizer that it borrows."""
+    from tests.entrypoints.openai.server import SMALL, RemoteServer
+
+    with RemoteServer(*SMALL) as remote:
+        (special,) = remote.post("/tokenize", {"prompt": "<|im_start|>"}).json()["tokens"]
+        only = json.dumps({"allowed_token_ids": [special], "ignore_eos": True})
+        for backend, completed in (("openai", 3), ("openai-chat", 0)):
+            where = ("--save-detailed", "--result-dir", tmp_path, "--result-filename", f"{backend}.json")
+            asked = ("--num-prompts", 3, "--random-input-len", 8, "--random-output-len", 5, "--extra-body", only)
+            words = ("--backend", backend, "--base-url", remote.url, "--tokenizer", "preset:tiny", "--disable-tqdm")
+            assert bench(*words, *asked, *where) == (0 if completed else 1)
+            found = json.loads((tmp_path / f"{backend}.json").read_text())
+            assert (found["completed"], found["failed"]) == (completed, 3 - completed)
+            if completed:
+                assert found["output_lens"] == [5] * 3 and all(len(gaps) == 3 for gaps in found["itls"])
+    assert (
+        "nothing tells when the answer's 5 tokens came: they have no text (--backend openai" in capsys.readouterr().err
+    )
+
+
 def test_an_interrupted_run_keeps_what_it_has(tmp_path):
     with known_server(10, 20) as port:
         words = ["--num-prompts", "400", "--random-output-len", "10", "--max-concurrency", "8", "--port", str(port)]

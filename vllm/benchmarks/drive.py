@@ -114,6 +114,9 @@ async def _ask(client: Client, endpoint: Endpoint, record: Record, request: byte
         raise
     if record.error is None and not record.arrivals:
         record.error = "the answer has no tokens"
+        if record.counted and record.output_len:
+            record.error = f"nothing tells when the answer's {record.output_len} tokens came: they have no text"
+            record.error += " (--backend openai shows those too)" if endpoint.chat else ""
     if not record.counted:
         record.output_len = len(record.arrivals)
 
