@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.xdist_group("csrc")  # compiled once, not in every process of the tests
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("90a", "120")
 

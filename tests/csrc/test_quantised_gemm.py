@@ -14,6 +14,8 @@ from vllm.model_executor.layers.fused_moe.ops.weights import dense
 from vllm.model_executor.layers.ops.skinny_gemm import reads_any_width
 from vllm.model_executor.layers.quantization.base import KernelWeight
 
+pytestmark = pytest.mark.xdist_group("quantised_gemm")  # compiled once, not in every process of the tests
+
 SHORT, ANY, ROW, NONE = 0, 1, 2, -1  # Scaling of quantised_gemm.cuh
 STAGES, FEW = 8, 4
 

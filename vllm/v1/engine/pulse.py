@@ -31,7 +31,10 @@ class Pulse:
     def read(self) -> tuple[float, float]:
         """Seconds since the step under way began, and seconds of the processor's time since then; 0 and 0 between two steps."""
         began = self._began
-        return (0.0, 0.0) if began is None else (time.monotonic() - began[0], time.process_time() - began[1])
+        if began is None:
+            return 0.0, 0.0
+        worked = time.process_time() - began[1]  # first: its span lies inside the other one
+        return time.monotonic() - began[0], worked
 
 
 def why_stalled(seconds: float, worked: float, silence: float, on_gpu: bool) -> str | None:
