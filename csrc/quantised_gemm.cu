@@ -30,7 +30,8 @@ constexpr auto kernel_of() {
 template <typename K, bool kOnce>
 void run(const Tensor& out, const Tensor& x, Problem p, int64_t ring) {
   const int device = x.get_device_index(), limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const auto bytes = [](int stages) { return (kOnce ? K::kTileSums * 4 : kSumBytes<K>)+kWarps * stages * K::kStage; };
+  constexpr int kSums = kOnce ? K::kTileSums * 4 : kSumBytes<K>;
+  const auto bytes = [](int stages) { return kSums + kWarps * stages * K::kStage; };
   p.stages = bytes(kStages) <= std::min<int64_t>(ring, limit) ? kStages : kFew;
   // What a block takes beyond its need leaves room for fewer others beside it.
   const int dynamic = std::max<int64_t>(bytes(kOnce ? K::kKeep : p.stages), std::min<int64_t>(ring, limit));

@@ -30,13 +30,13 @@ constexpr int kPitch = kChunk + 16;  // bytes from one row of a stage to the nex
 // for each tile.
 // asked: chunks of a warp's that are asked for together.
 template <Format kForm, Scaling kScales, bool kHasZero, int kShared, int kEights, int kSixteens, int kKept,
-          int kTogether = 1>
+          int kAtOnce = 1>
 struct Kind {
   static constexpr Format kFormat = kForm;
   static constexpr Scaling kScaling = kScales;
   static constexpr bool kZero = kHasZero, kRow = kScales == Scaling::kRow, kFp4 = kForm == Format::kFp4;
   static constexpr bool kOneSum = kRow || kFp4;  // of all of a row's products, whatever its groups
-  static constexpr int kShare = kShared, kWide = kEights, kTall = kSixteens, kKeep = kKept, kAsked = kTogether;
+  static constexpr int kShare = kShared, kWide = kEights, kTall = kSixteens, kKeep = kKept, kAsked = kAtOnce;
   static constexpr int kRows = kTile * kTall, kOut = kColumns * kWide, kGroups = 4 / kShare;  // of a tile; of a chunk
   // Bytes of a stage that a row's scales and zero points take: those of a chunk, or the word in which its only one is.
   static constexpr int kScaleSlot = kRow ? 0 : kGroups == 1 ? 4 : kGroups * (kScaling == Scaling::kShort ? 2 : 4);

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.kernels.timing import bandwidths, interleaved_us, write_result
+from tools.tiny_formats import nvfp4, packed
 from vllm.config.checkpoint import load_hf_config, resolve_model
 from vllm.config.quantization import parse_quantization
 from vllm.model_executor.layers.fused_moe import layer as module
@@ -23,30 +24,14 @@ from vllm.model_executor.layers.quantization.plan import ConfigPlan
 from vllm.model_executor.models.qwen3_5 import SparseMoE
 
 TOKENS = (1, 2, 4, 8, 12, 16, 32, 64, 128, 256, 1024, 4096)
+PLAIN = ["lm_head", r"re:.*mlp\.gate$", r"re:.*shared_expert_gate$"]
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-
-
-def compressed(form: str, **weights: object) -> dict:
-    """A configuration of compressed-tensors for weights alone, of the experts' layers and the shared expert's."""
-    group = {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False, **weights}}
-    ignored = ["lm_head", r"re:.*mlp\.gate$", r"re:.*shared_expert_gate$"]
-    return {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "config_groups": {"group_0": group},
-        "ignore": ignored,
-        "quantization_status": "compressed",
-    }
-
-
-INT8 = compressed("pack-quantized", num_bits=8, type="int", strategy="group", group_size=128)
-FP4 = compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16)
 WEIGHTS = {  # preset, and how its weights are stored where it does not say
     "int4 g32": ("preset:qwen3.5-35b-a3b-awq-4bit", None),
     "bf16": ("preset:qwen3.5-35b-a3b", None),
     "fp8 blocks": ("preset:qwen3.5-35b-a3b", FP8),
-    "int8 g128": ("preset:qwen3.5-35b-a3b", INT8),
-    "fp4": ("preset:qwen3.5-35b-a3b", FP4),
+    "int8 g128": ("preset:qwen3.5-35b-a3b", packed(8, 128, True).config(PLAIN)),
+    "fp4": ("preset:qwen3.5-35b-a3b", nvfp4().config(PLAIN)),
 }
 LAYERS = 4
 
