@@ -33,7 +33,7 @@ void run(const Tensor& out, const Tensor& x, Problem p, int ring) {
                     kPanel, " columns cannot be copied as pieces of 16 bytes");
   }
   p.stage_bytes = skinny::kRows * (C::kPitch + p.scale_pitch + (p.zero == nullptr ? 0 : groups));
-  const int wanted = std::max(ring, C::kPartial + 2 * p.stage_bytes);
+  const int wanted = std::max(ring, C::kPartial + (1 + std::max(1, C::kXStages)) * p.stage_bytes);
   const int room = std::min(wanted, limit - int(own.sharedSizeBytes)) - C::kPartial;
   p.stages = std::min(skinny::kMaxStages, room / p.stage_bytes);
   STD_TORCH_CHECK(p.stages >= 2, "no shared memory for two stages of ", p.stage_bytes, " bytes");

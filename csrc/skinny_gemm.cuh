@@ -53,6 +53,10 @@ struct Cut {
   static constexpr int kOut = kRows * 8 * kXTiles;           // outputs of a tile
   static constexpr int kPartial = 2 * kWarps * kOut * 4;     // bytes of two tiles' sums
   static constexpr int kPitch = kPanel * bits_of(kFormat) / 8 + kPad;
+  // Stages through which x comes, the last ones, before W does: whole rows as copies, which 8 warps that all load their
+  // parts of them take longer for. Not where x is more than that, or where rows are short and the kernel is too.
+  static constexpr int kXStages =
+      kFormat == Format::kPlain && kPanel == 2048 && kXTiles * kPanels <= 2 ? kXTiles * kPanels : 0;
   static_assert(kUnits % kTogether == 0 && kOut <= kWarps * 32, "");
 };
 
@@ -186,10 +190,16 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
   constexpr int kRowBytes = kPanel * bits_of(kFormat) / 8;
   constexpr bool kPlain = kFormat == Format::kPlain, kGroups = !kPlain && kScaling != Scaling::kRow;
   static_assert(kPlain || kFold == Fold::kNone, "");
+#if __CUDA_ARCH__ >= 1200
+  constexpr int kXStages = 0;  // 99 KiB hold two of these stages
+#else
+  constexpr int kXStages = C::kXStages;
+#endif
   unsigned char* const memory = dynamic_memory();  // the sums of the warps, two tiles; the ring
-  __shared__ uint64_t full[kMaxStages], empty[kMaxStages], summed[2];
+  __shared__ uint64_t full[kMaxStages], empty[kMaxStages], summed[2], known;
   unsigned char* const ring = memory + C::kPartial;
   const unsigned full_at = shared_address(full), empty_at = shared_address(empty), summed_at = shared_address(summed);
+  const unsigned known_at = shared_address(&known);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int all_tiles = (p.N + kRows - 1) / kRows;
@@ -203,6 +213,7 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
     }
     barrier_init(summed_at, kWarps * 32);
     barrier_init(summed_at + 8, kWarps * 32);
+    barrier_init(known_at, 1);
     barrier_init_done();
   }
   __syncthreads();
@@ -212,14 +223,27 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
     const int groups = kGroups ? kPanel >> p.group_shift : 0;
     const int scales = kGroups ? p.scale_pitch : 0, zeros = kGroups && p.zero ? groups : 0;
     int stage = 0, phase = 1, left = tiles * kPanels;
-    const int late = min(p.late, left - 1);
+    const int late = min(p.late, left - 1), x_stage = p.stages - kXStages;
+    const auto ask_for_x = [&] {  // row m to row m % 8 of a stage, as W's rows lie
+      wait_for_predecessor();
+      if (lane == 0) barrier_expect(known_at, p.M * kPanels * kRowBytes);
+      __syncwarp();
+      if (lane >= p.M) return;
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        const unsigned to = ring_at + (x_stage + panel * kXTiles + lane / kRows) * p.stage_bytes;
+        bulk_copy(to + lane % kRows * kPitch, x + lane * p.x_row + panel * kPanel, kRowBytes, known_at);
+      }
+    };
+    int before_x = min(x_stage, left);  // stages that are filled while x is not known
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       const int n = (first + tile) * kRows + lane % kRows, rows = min(kRows, p.N - (first + tile) * kRows);
 #pragma unroll 1
       for (int panel = 0; panel < kPanels; ++panel) {
         // Weights do not change while a model runs, so the first ones need not wait for the kernel that writes x.
-        barrier_wait(empty_at + 8 * stage, phase);
+        if (kXStages && before_x-- == 0) ask_for_x();
+        barrier_wait(empty_at + 8 * stage, kXStages ? phase ^ int(stage >= x_stage) : phase);
         const unsigned to = ring_at + stage * p.stage_bytes;
         if (lane == 0) barrier_expect(full_at + 8 * stage, rows * (kRowBytes + scales + zeros));
         __syncwarp();
@@ -238,6 +262,7 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
         if (++stage == p.stages) stage = 0, phase ^= 1;
       }
     }
+    if (kXStages && before_x >= 0) ask_for_x();
     wait_for_predecessor();
     return;
   }
@@ -247,6 +272,9 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
   wait_for_predecessor();
   const int row = lane / 4, quarter = lane % 4;  // of a tile and of x; of a unit
   unsigned xs[kPanels * C::kUnits][kXTiles][kPairs];
+  const int from = row * kPitch + warp * 64 + quarter * 16;
+  const unsigned char* const x_at = ring + (p.stages - kXStages) * p.stage_bytes + from;
+  if (kXStages) barrier_wait(known_at, 0);
 #pragma unroll
   for (int u = 0; u < kPanels * C::kUnits; ++u) {
     const int k = (u * kWarps + warp) * kUnit + quarter * (kUnit / 4);
@@ -255,10 +283,18 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
 #pragma unroll
       for (int at = 0; at < kUnit / 4; at += 8) {
         uint4 eight{};
-        if (j * 8 + row < p.M) eight = *reinterpret_cast<const uint4*>(x + (j * 8 + row) * p.x_row + k + at);
+        if (j * 8 + row < p.M) {
+          const int stage = u / C::kUnits * kXTiles + j, unit = u % C::kUnits;
+          eight = *(kXStages ? reinterpret_cast<const uint4*>(x_at + stage * p.stage_bytes + unit * kWarps * 64)
+                             : reinterpret_cast<const uint4*>(x + (j * 8 + row) * p.x_row + k + at));
+        }
         x_pairs<kFormat>(eight, &xs[u][j][at / 2]);
       }
     }
+  }
+  if constexpr (kXStages > 0) {
+    __syncwarp();
+    if (lane < kXStages) barrier_arrive(empty_at + 8 * (p.stages - kXStages + lane));
   }
   if constexpr (kFold == Fold::kNorm) {
     // [rows, warps], where the sums of the second tile will be: by then all warps have multiplied the first
@@ -298,7 +334,6 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
       }
     }
   }
-  const int from = row * kPitch + warp * 64 + quarter * 16;
   int group[C::kUnits][2];  // where this thread's scales are in a stage; fp4 has two in 16 bytes
   if constexpr (kGroups) {
 #pragma unroll

@@ -56,7 +56,7 @@ NORM_US = 2.5
 """What a norm costs as a kernel of its own, beyond what it costs the ring (folding_h200.json: 2.6 to 3.9)."""
 COLD = 160_000_000  # bytes that leave nothing of themselves in the cache
 RINGS = {
-    "ring": [(110, 0), (110, 99), (220, 99)],
+    "ring": [(110, 0), (110, 99), (160, 99), (220, 99)],
     "quantised": [(50, 0), (50, 99), (114, 99), (220, 99)],  # the least, more stages, and one block on a multiprocessor
 }
 """What is tried of :class:`Plan`'s ring and late."""
