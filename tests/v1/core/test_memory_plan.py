@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from vllm.config import load_hf_config, parse_hf_config, parse_quantization, preset_names, resolve_model
 from vllm.v1.core.memory_plan import (
+    EDITED_LOGITS,
     RUNTIME_RESERVE,
     GiB,
     MemoryPlanError,
@@ -190,7 +191,21 @@ def test_workspace_grows_with_the_step():
     assert small < workspace_bytes(TEXT, max_num_batched_tokens=512, max_num_seqs=512)
     graphs = workspace_bytes(TEXT, max_num_batched_tokens=1024, graph_tokens=512, max_num_seqs=1)
     assert graphs == workspace_bytes(TEXT, max_num_batched_tokens=1024, max_num_seqs=1) + small
-    assert workspace_bytes(TEXT, max_num_batched_tokens=1, max_num_seqs=256) >= 256 * 248320 * 18
+    logits = 256 * 248320 * 2 + 16 * EDITED_LOGITS
+    assert 0 <= workspace_bytes(TEXT, max_num_batched_tokens=1, max_num_seqs=256) - logits < 1 << 20
+    few = workspace_bytes(TEXT, max_num_batched_tokens=1, max_num_seqs=4)
+    assert few < workspace_bytes(TEXT, max_num_batched_tokens=1, max_num_seqs=256) - 252 * 248320 * 2
+
+
+def test_a_quantised_weight_is_dequantised_for_many_tokens():
+    """Of the 27B the largest is gate and up, [34816 x 5120]; experts never are."""
+    dense = load_hf_config(resolve_model("preset:qwen3.6-27b")).text
+    quant = parse_quantization({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"})
+    limits = {"max_num_batched_tokens": 512, "max_num_seqs": 1}
+    copy = workspace_bytes(dense, **limits, quant=quant) - workspace_bytes(dense, **limits)
+    assert copy == 2 * 34816 * 5120
+    experts_alone = parse_quantization(load_hf_config(resolve_model("preset:qwen3.5-35b-a3b-awq-4bit")).quantization)
+    assert workspace_bytes(TEXT, **limits, quant=experts_alone) == workspace_bytes(TEXT, **limits)
 
 
 @pytest.mark.parametrize("name", preset_names())

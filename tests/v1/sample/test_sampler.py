@@ -268,7 +268,7 @@ def test_small_pieces_change_nothing(params, monkeypatch, seed):
         state.add(row, params.clone(seed=row), [row], [row, 3], EOS)
     logits, index = torch.randn(16, V), torch.randperm(16)
     whole = Sampler()(logits, state, index).token_ids
-    monkeypatch.setattr(sampler_module, "_PIECE", 5 * V)
+    monkeypatch.setattr(sampler_module, "EDITED_LOGITS", 5 * V)
     assert torch.equal(Sampler()(logits, state, index).token_ids, whole)
 
 

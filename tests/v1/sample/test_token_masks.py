@@ -46,7 +46,7 @@ def test_edits_that_leave_nothing_do_not_count(seed):
 @pytest.mark.parametrize("piece", [1, 90, 1 << 24])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_the_sampler_chooses_what_may_come(seed, monkeypatch, piece, temperature):
-    monkeypatch.setattr(sampler_module, "_PIECE", piece)
+    monkeypatch.setattr(sampler_module, "EDITED_LOGITS", piece)
     vocab_size, logits = 45, torch.randn(6, 45)
     state = SamplingState(6, vocab_size, CPU)
     for row in range(6):

@@ -43,3 +43,15 @@ def test_no_kernel_is_compiled_after_the_start(tiny_model, monkeypatch, mode):
     llm.generate(prompts, params, use_tqdm=False)
     assert not compiled
     assert torch.cuda.is_available()
+
+
+@pytest.mark.gpu
+def test_memory_is_extended_and_not_added_to(tiny_model, monkeypatch):
+    """What steps of different sizes leave free then lies side by side, unless the user has set PyTorch's allocator up."""
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    llm = make(tiny_model)
+    pages = llm.llm_engine.core.worker.runner.model.stateful_layers().attention[0].kv_cache[0]
+    segments = torch.cuda.memory_snapshot()
+    (ours,) = [s for s in segments if 0 <= pages.data_ptr() - s["address"] < s["total_size"]]
+    assert ours["is_expandable"]

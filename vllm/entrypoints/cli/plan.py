@@ -107,6 +107,7 @@ def model_table(config: VllmConfig) -> str:
         graph_tokens=max(config.prompt_sizes, default=0),
         max_num_seqs=scheduler.max_num_seqs,
         dtype=model.dtype,
+        quant=config.quant_scheme,
     )
     lines += [
         f"GDN state   {format_bytes(slot)} a sequence, however long (recurrent {cache.mamba_ssm_cache_dtype}, window {cache.mamba_cache_dtype})",
@@ -156,6 +157,7 @@ def as_json(config: VllmConfig, memory: int | None) -> dict[str, Any]:
             graph_tokens=max(config.prompt_sizes, default=0),
             max_num_seqs=scheduler.max_num_seqs,
             dtype=config.model_config.dtype,
+            quant=config.quant_scheme,
         ),
         "runtime_bytes": memory_plan.RUNTIME_RESERVE,
         "device": None,

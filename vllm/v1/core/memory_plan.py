@@ -26,7 +26,10 @@ RUNTIME_RESERVE = 768 << 20
 _MORE = "raise --gpu-memory-utilization (on a CPU --kv-cache-memory-bytes)"
 
 CHUNK = 64
-"""Tokens in one chunk of the chunked delta rule."""
+"""Tokens in one chunk of the chunked delta rule, and chunks in work at once, if the tokens do not fill more."""
+
+EDITED_LOGITS = 1 << 24
+"""Logits that penalties, masks and the like are applied to at once (`v1/sample/sampler.py`)."""
 
 
 class MemoryPlanError(ValueError):
@@ -243,35 +246,51 @@ def workspace_bytes(
     graph_tokens: int = 0,
     max_num_seqs: int = 256,
     dtype: str = "bfloat16",
+    quant: QuantConfig | None = None,
 ) -> int:
     """The most that activations take during one step, somewhat pessimistic; the engine measures it where there is a GPU.
 
     Steps that are CUDA graphs keep memory of their own, as much as the largest of them takes: that of `graph_tokens`, if there are any.
-    T tokens run through one layer at a time, so the largest mixer and the largest feed-forward count once:
+    T tokens run through one part of one layer at a time, so beside the residual the largest part counts:
 
-        residual     4 T D                     hidden state, residual, normed input, layer output
+        residual     4 T D                     hidden state, residual, normed input, the part's output
         GDN          T (2 conv_dim + 3 Hv V)   projected, convolved, and z, delta-rule output, gated output
-                     T Hv (64 + K + V) 4       the chunk's triangular inverse and its products w and u, fp32
-                     T / 64 Hv V K             one recurrent matrix a chunk
+                     T Hv (K + V)              the chunks' products w and u
+                     max(64, T / 64) Hv V K    one recurrent matrix a chunk
         attention    T (3 H + 2 Hkv) 256       query, gate, output, keys, values
         MoE          T k (3 I + D)             gate, up, their product, down, for each of the k chosen experts
                      T E 12                    router logits and probabilities in fp32, sort keys
         dense        T 3 I
-        logits       S vocab 18                logits, an fp32 copy, probabilities, sorted values and int32 indices
+        logits       S vocab                   and 16 bytes each of 2^24 of them, which are edited at once
+        weight       N K                       a quantised weight, dequantised for many tokens
     """
     size, tokens = DTYPE_BYTES[dtype], max_num_batched_tokens
     heads, key, value = text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim
     residual = 4 * tokens * text.hidden_size * size
-    gdn = tokens * (2 * text.conv_dim + 3 * text.value_dim) * size + tokens * heads * (CHUNK + key + value) * 4
-    gdn += -(-tokens // CHUNK) * heads * value * key * size
+    gdn = tokens * (2 * text.conv_dim + 3 * text.value_dim + heads * (key + value)) * size
+    gdn += max(CHUNK, -(-tokens // CHUNK)) * heads * value * key * size
     attention = tokens * (3 * text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim * size
     experts = tokens * text.num_experts_per_tok * (3 * text.moe_intermediate_size + text.hidden_size) * size
     experts += tokens * text.num_experts * 12 + 3 * tokens * text.shared_expert_intermediate_size * size
     dense = 0 if all(text.sparse_layers) else 3 * tokens * text.intermediate_size * size
-    logits = max_num_seqs * text.vocab_size * (size + 16)
-    limits = {"max_num_batched_tokens": graph_tokens, "max_num_seqs": max_num_seqs, "dtype": dtype}
+    edited = min(max_num_seqs * text.vocab_size, EDITED_LOGITS)
+    logits = max_num_seqs * text.vocab_size * size + 16 * edited
+    limits = {"max_num_batched_tokens": graph_tokens, "max_num_seqs": max_num_seqs, "dtype": dtype, "quant": quant}
     graphs = workspace_bytes(text, **limits) if graph_tokens else 0
-    return graphs + residual + max(max(gdn, attention) + max(experts, dense), logits)
+    return graphs + residual + max(gdn, attention, experts, dense, logits) + _largest_quantised(text, quant) * size
+
+
+@functools.lru_cache(maxsize=8)
+def _largest_quantised(text: TextConfig, quant: QuantConfig | None) -> int:
+    """Elements of the largest quantised linear layer, experts aside: those are multiplied as they are."""
+    layers = enumerate(zip(text.layer_types, text.sparse_layers)) if quant else ()
+    sizes: dict[tuple[int, str, bool], int] = {}
+    for i, kind in layers:
+        for component, module, rows, columns, _ in _linear_layers(text, *kind):
+            if component != "routed experts" and quant.format_of(f"model.layers.{i}.{module}"):
+                part = i, component, module.endswith(("out_proj", "o_proj", "down_proj"))  # all others are one matrix
+                sizes[part] = sizes.get(part, 0) + rows * columns
+    return max(sizes.values(), default=0)
 
 
 @dataclass(frozen=True)
@@ -337,6 +356,7 @@ def plan(
         graph_tokens=graph_tokens,
         max_num_seqs=max_num_seqs,
         dtype=dtype,
+        quant=quant,
     )
     budget = kv_cache_memory_bytes
     if budget is None:

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm.v1.core.memory_plan import EDITED_LOGITS
 from vllm.v1.outputs import TokenLogprobs
 from vllm.v1.sample.draw import draw
 from vllm.v1.sample.logprobs import LogprobsTensors, token_logprobs, unpack_logprobs
 from vllm.v1.sample.penalties import apply_penalties
 from vllm.v1.sample.state import SamplingPlan, SamplingState
 from vllm.v1.sample.token_masks import DeviceMasks
-
-_PIECE = 1 << 24  # logits in work at once: bounds the temporaries, whatever the batch and the vocabulary
 
 
 @dataclass
@@ -71,7 +70,7 @@ class Sampler:
         if not (plan.edits or masks) and (logits.is_cuda or not plan.draws):
             token_ids = draw(logits, state, rows, plan)
         else:
-            step = max(1, _PIECE // logits.shape[1])
+            step = max(1, EDITED_LOGITS // logits.shape[1])
             pieces = []
             for start in range(0, max(1, logits.shape[0]), step):
                 part = logits[start : start + step]
