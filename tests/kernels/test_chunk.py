@@ -4,7 +4,6 @@ import torch
 from tests.kernels.common import assert_close, delta_inputs, slots, starts
 from vllm.model_executor.layers.fla.ops import (
     CHUNK_SIZE,
-    chunk,
     chunk_gated_delta_rule,
     naive_recurrent_gated_delta_rule,
     prepare_chunk_indices,
@@ -15,7 +14,6 @@ from vllm.model_executor.layers.fla.ops.chunk import (
     chunk_gated_delta_rule_triton,
     plan_chunk,
 )
-from vllm.model_executor.layers.fla.ops.index import group_sequences
 
 # bfloat16 products of up to 128 terms, rounded between the launches: measured below a third of this
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -48,31 +46,6 @@ def test_batch_rows_without_l2norm_or_state(device):
     assert_close(got, want, 1e-5, "o")
     assert_close(states, final, 1e-5, "states")
     assert chunk_gated_delta_rule_triton(**x, output_final_state=False)[1] is None
-
-
-@pytest.mark.parametrize("pool", [False, True])
-def test_short_sequences_take_turns(device, monkeypatch, pool):
-    """With room for three chunks' states at once; the same results bit for bit, wherever states are and whether they begin afresh."""
-    lengths, Hv, K, V = [3, 1, 0, 70, 5, 200, 2, 0, 64], 2, 32, 16
-    x = delta_inputs(1, sum(lengths), 1, Hv, K, V, torch.float32, device)
-    args = {"cu_seqlens": starts(lengths, device), "use_qk_l2norm_in_kernel": True}
-    args["has_initial_state"] = torch.arange(len(lengths), device=device) % 3 > 0
-    if pool:
-        args["ssm_state_indices"] = slots(len(lengths), 12, device, (4,))
-    state = torch.randn(12 if pool else len(lengths), Hv, V, K, device=device)
-    want, finals = chunk_gated_delta_rule_triton(**x, initial_state=state.clone(), **args)
-    made = []
-    monkeypatch.setattr(chunk, "chunks_together", lambda tokens: 3)
-    monkeypatch.setattr(torch, "empty", lambda *a, empty=torch.empty, **k: made.append(a) or empty(*a, **k))
-    got, states = chunk_gated_delta_rule_triton(**x, initial_state=state.clone(), **args)
-    assert ((4, Hv, V, K),) in made  # the sequence of 200 tokens is alone with its four
-    assert torch.equal(got, want) and torch.equal(states, finals)
-
-
-def test_runs_of_sequences():
-    assert group_sequences([1, 1, 1], 2) == [(0, 2, 0, 2), (2, 3, 2, 3)]
-    assert group_sequences([0, 5, 1, 0, 1, 2], 2) == [(0, 1, 0, 0), (1, 2, 0, 5), (2, 5, 5, 7), (5, 6, 7, 9)]
-    assert group_sequences([2, 0, 0], 2) == [(0, 3, 0, 2)] and group_sequences([], 2) == [(0, 0, 0, 0)]
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])

@@ -17,13 +17,12 @@ _GREEDY = SamplingParams(temperature=0.0, max_tokens=2)
 
 
 def run_largest_steps(runner: ModelRunner) -> None:
-    """The steps that need most memory: one long prompt has the largest workspace of a layer, and as many prompts as may run, of as many
-    tokens as a step may have, the most logits to sample from beside it.
+    """The steps that need most memory: one long prompt has the largest workspace of a layer, and as many sequences as may run have the
+    most logits to sample from.
     """
     limits = runner.config.scheduler_config
     _run_prompts(runner, [runner.config.longest_chunk], _DRAWS)
-    many = min(limits.max_num_seqs, limits.max_num_batched_tokens)
-    _run_prompts(runner, [min(limits.max_num_batched_tokens // many, runner.config.longest_chunk)] * many, _DRAWS)
+    _run_prompts(runner, [1] * min(limits.max_num_seqs, limits.max_num_batched_tokens), _DRAWS)
 
 
 def compile_kernels(runner: ModelRunner) -> None:

@@ -20,21 +20,15 @@ from vllm.model_executor.layers.mamba.ops.slots import (
 from .chunk_kernels import chunk_output_kernel, chunk_prepare_kernel, chunk_state_kernel
 from .device import multiprocessors
 from .fused_recurrent import check_state, token_rows
-from .index import CHUNK_SIZE, cdiv, chunk_counts, group_sequences, prepare_chunk_indices, prepare_chunk_offsets
+from .index import CHUNK_SIZE, cdiv, prepare_chunk_indices, prepare_chunk_offsets
 from .naive import L2NORM_EPS, check_delta_rule, naive_chunk_gated_delta_rule
-
-
-def chunks_together(tokens: int) -> int:
-    """Chunks in work at once, each of which has a state [Hv, V, K]: as many as so many tokens fill, and 64 anyway. Many short sequences
-    would have more, and take turns."""
-    return max(64, cdiv(tokens, CHUNK_SIZE))
 
 
 def plan_chunk(K: int, V: int, heads: int, exact: bool, multiprocessors: int) -> dict[str, dict[str, int]]:
     """Tiles of the three launches.
 
     Args:
-        heads: value heads times sequences that the state pass runs in parallel.
+        heads: value heads times sequences, which the state pass runs in parallel.
         exact: float32 inputs, whose tiles take twice the shared memory.
     """
     BK, BV, warps = triton.next_power_of_2(K), triton.next_power_of_2(V), 8 if exact else 4
@@ -68,8 +62,7 @@ def chunk_gated_delta_rule_triton(
     ssm_state_indices: torch.Tensor | None = None,
     has_initial_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Triton form of :func:`chunk_gated_delta_rule`: three launches, of which only the middle one walks along the sequence; the last two
-    more than once where many sequences are short."""
+    """Triton form of :func:`chunk_gated_delta_rule`: three launches, of which only the middle one walks along the sequence."""
     B, T, Hk, Hv, K, V = check_delta_rule(q, k, v, g, beta)
     device, dtype, slots = q.device, v.dtype, ssm_state_indices
     if q.dtype != dtype or k.dtype != dtype:
@@ -85,7 +78,6 @@ def chunk_gated_delta_rule_triton(
             chunk_indices = prepare_chunk_indices(host, CHUNK_SIZE, device)
             chunk_offsets = prepare_chunk_offsets(host, CHUNK_SIZE, device)
     N, NT = cu_seqlens.numel() - 1, chunk_indices.shape[0]
-    runs = group_sequences(chunk_counts(host), chunks_together(B * T)) if starts_known else [(0, N, 0, NT)]
     if initial_state is not None:
         check_state(initial_state, Hv, K, V)
         if initial_state.stride()[1:] != (V * K, K, 1):
@@ -112,11 +104,9 @@ def chunk_gated_delta_rule_triton(
     g, beta = (x.reshape(-1, Hv).contiguous() for x in (g, beta))
     make = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=device)
     G, rstd = make(B * T, Hv), make(B * T, Hk)
-    u, w = make(B * T, Hv, V, dtype=dtype), make(B * T, Hv, K, dtype=dtype)
-    h = make(max(end - begin for *_, begin, end in runs), Hv, V, K, dtype=dtype)
+    u, w, h = make(B * T, Hv, V, dtype=dtype), make(B * T, Hv, K, dtype=dtype), make(NT, Hv, V, K, dtype=dtype)
     flags = None if has_initial_state is None else has_initial_state.bool().view(torch.uint8)
-    together = max(last - first for first, last, *_ in runs)
-    plan = plan_chunk(K, V, together * Hv, dtype == torch.float32, multiprocessors(device))
+    plan = plan_chunk(K, V, N * Hv, dtype == torch.float32, multiprocessors(device))
     shared = {
         "Hk": Hk,
         "Hv": Hv,
@@ -144,33 +134,30 @@ def chunk_gated_delta_rule_triton(
             **shared,
             **plan["prepare"],
         )
-    of = lambda x, first: x if x is None or first == 0 else x[first:]
-    for first, last, begin, end in runs:
-        states = (initial_state, final) if slots is not None else (of(initial_state, first), of(final, first))
-        chunk_state_kernel[((last - first) * Hv, cdiv(V, plan["state"]["BV"]))](
-            k,
-            u,
-            w,
-            G,
-            rstd,
-            h,
-            *states,
-            of(cu_seqlens, first),
-            of(chunk_offsets, first),
-            of(slots, first),
-            of(flags, first),
-            k.stride(0),
-            0 if initial_state is None else initial_state.stride(0),
-            0 if final is None else final.stride(0),
-            HAS_INITIAL=initial_state is not None,
-            HAS_FLAGS=flags is not None,
-            STORE_FINAL=final is not None,
-            **shared,
-            **plan["state"],
-        )
-        if begin == end:
-            continue
-        chunk_output_kernel[((end - begin) * Hv, cdiv(V, plan["output"]["BV"]))](
+    chunk_state_kernel[(N * Hv, cdiv(V, plan["state"]["BV"]))](
+        k,
+        u,
+        w,
+        G,
+        rstd,
+        h,
+        initial_state,
+        final,
+        cu_seqlens,
+        chunk_offsets,
+        slots,
+        flags,
+        k.stride(0),
+        0 if initial_state is None else initial_state.stride(0),
+        0 if final is None else final.stride(0),
+        HAS_INITIAL=initial_state is not None,
+        HAS_FLAGS=flags is not None,
+        STORE_FINAL=final is not None,
+        **shared,
+        **plan["state"],
+    )
+    if NT:
+        chunk_output_kernel[(NT * Hv, cdiv(V, plan["output"]["BV"]))](
             q,
             k,
             u,
@@ -179,7 +166,7 @@ def chunk_gated_delta_rule_triton(
             h,
             o,
             cu_seqlens,
-            of(chunk_indices, begin),
+            chunk_indices,
             slots,
             K**-0.5 if scale is None else scale,
             L2NORM_EPS,

@@ -161,7 +161,7 @@ def chunk_state_kernel(
         if HAS_FLAGS:
             wanted = inside & (dv < tl.where(tl.load(flags + n) != 0, V, 0))[:, None]
         S += tl.load(initial + slot * stride_initial + tile, mask=wanted, other=0.0).to(tl.float32)
-    at_h = h + (tl.load(offsets + n) - tl.load(offsets)).to(tl.int64) * (Hv * V * K) + tile
+    at_h = h + tl.load(offsets + n).to(tl.int64) * (Hv * V * K) + tile
     for c in range(tl.cdiv((end - begin).to(tl.int32), BT)):
         tl.store(at_h, S.to(h.dtype.element_ty), mask=inside)
         at_h += Hv * V * K

@@ -44,21 +44,3 @@ def prepare_chunk_offsets(
     for count in chunk_counts(cu_seqlens, chunk_size):
         offsets.append(offsets[-1] + count)
     return to_device(offsets, torch.int32, device)
-
-
-def group_sequences(counts: list[int], most: int) -> list[tuple[int, int, int, int]]:
-    """Runs of neighbouring sequences with at most so many chunks together; a sequence with more is a run of its own.
-
-    Args:
-        counts: chunks of each sequence.
-
-    Returns:
-        (first sequence, end, first chunk, end) of each run.
-    """
-    runs, first, begin, end = [], 0, 0, 0
-    for n, count in enumerate(counts):
-        if n > first and end + count - begin > most:
-            runs.append((first, n, begin, end))
-            first, begin = n, end
-        end += count
-    return [*runs, (first, len(counts), begin, end)]
