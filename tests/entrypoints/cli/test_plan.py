@@ -58,7 +58,7 @@ def test_ceiling_by_hand():
 def test_what_does_not_fit_is_said(capsys):
     assert "leave nothing of 16.0 GiB x 0.9" in run(capsys, MODEL, "--gpu-memory", "16")
     out = run(capsys, MODEL, "--gpu-memory", "32", "--max-num-seqs", "64")
-    assert "105,504 tokens would fit: --max-model-len 105504" in out
+    assert "82,624 tokens would fit: --max-model-len 82624" in out
 
 
 def test_the_gpu_that_is_there(capsys, monkeypatch):

@@ -189,6 +189,10 @@ def test_workspace_grows_with_the_step():
     small = workspace_bytes(TEXT, max_num_batched_tokens=512, max_num_seqs=1)
     assert small < workspace_bytes(TEXT, max_num_batched_tokens=8192, max_num_seqs=1)
     assert small < workspace_bytes(TEXT, max_num_batched_tokens=512, max_num_seqs=512)
+    many = workspace_bytes(TEXT, max_num_batched_tokens=4096, max_num_seqs=64)
+    assert (
+        many - workspace_bytes(TEXT, max_num_batched_tokens=4096, max_num_seqs=1) == 63 * 32 * 128 * 128 * 2
+    )  # a state each
     graphs = workspace_bytes(TEXT, max_num_batched_tokens=1024, graph_tokens=512, max_num_seqs=1)
     assert graphs == workspace_bytes(TEXT, max_num_batched_tokens=1024, max_num_seqs=1) + small
     logits = 256 * 248320 * 2 + 16 * EDITED_LOGITS

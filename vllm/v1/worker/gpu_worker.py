@@ -11,7 +11,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import load_model
-from vllm.v1.core.memory_plan import MemoryPlanError, PoolSizes, format_bytes, plan_pools, weight_bytes
+from vllm.v1.core.memory_plan import GROWTH_BYTES, MemoryPlanError, PoolSizes, format_bytes, plan_pools, weight_bytes
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.model_runner import MakeMasks, ModelRunner
 from vllm.v1.worker.pending import PendingOutput
@@ -21,9 +21,6 @@ logger = init_logger(__name__)
 
 CONTEXT_BYTES = 640 << 20
 """The most that a CUDA context takes by itself; what is in use beyond it when we start belongs to other programs."""
-
-GROWTH_BYTES = 384 << 20
-"""Kept back for what comes after the pools: graphs of sampling that no measured step needed, and what the driver rounds up."""
 
 CPU_POOL_BYTES = 4 << 30
 """Memory for both pools on a CPU when nothing is asked for: a machine that serves from RAM has other things in it."""
