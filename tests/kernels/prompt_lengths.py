@@ -122,7 +122,15 @@ class Layers:
     def _experts_of(self, x: torch.Tensor, rows: torch.Tensor | Unnormed, add_to: torch.Tensor | None) -> None:
         T, weights = x.shape[0], self.experts
         plan = plan_experts(
-            T, TOP_K, E, device="cuda", kernels=True, tiles=True, grouped_matmul=True, dense_is_free=False
+            T,
+            TOP_K,
+            E,
+            device="cuda",
+            kernels=True,
+            tiles=True,
+            grouped_matmul=True,
+            dense_is_free=False,
+            kind="int4",
         )
         if plan.way == "few":
             few_tokens.moe_few_tokens_triton(rows, weights, TOP_K, add_to)

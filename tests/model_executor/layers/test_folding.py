@@ -15,7 +15,7 @@ from vllm.model_executor.layers.quantization.plan import ConfigPlan
 from vllm.model_executor.models.qwen3_5 import Qwen3_5ForCausalLM
 
 H200 = Where("NVIDIA H200", csrc=True)
-EXPERTS = ExpertsFold(8, 256, kernels=True, tiles=True)
+EXPERTS = ExpertsFold(8, 256, kernels=True, tiles=True, kind="int4")
 GDN = (Product("plain", 12352, 2048), Product("plain", 2048, 4096, adds=True))
 ATTENTION = (Product("plain", 9216, 2048), Product("plain", 2048, 4096, adds=True))
 MODEL_35B = (*GDN, *ATTENTION, EXPERTS)

@@ -9,6 +9,7 @@ from vllm.distributed import parallel_state
 from vllm.distributed.parallel_state import TensorParallelGroup, use_group
 from vllm.model_executor.layers.fused_moe import FusedMoE, experts, topk_softmax
 from vllm.model_executor.layers.fused_moe.experts import ExpertsPlan, plan_experts
+from vllm.model_executor.layers.ops.stored_weight import PLANES
 from vllm.model_executor.layers.quantization.plan import ConfigPlan
 from vllm.model_executor.models.qwen3_5 import SparseMoE
 
@@ -86,8 +87,14 @@ def test_plan_is_a_pure_function_of_the_problem():
     assert plan_experts(1, 8, 256, **gpu | {"device": "cpu", "kernels": True}) == ExpertsPlan("loop")
     assert plan_experts(1, 8, 256, **gpu).way == plan_experts(7500, 8, 256, **gpu).way == "grouped"
     ours = gpu | {"kernels": True, "tiles": True}
-    assert plan_experts(1, 8, 256, **ours).way == plan_experts(12, 8, 256, **ours).way == "few"
-    assert plan_experts(13, 8, 256, **ours) == plan_experts(256, 8, 256, **ours) == ExpertsPlan("tiles", 16)
+    assert plan_experts(1, 8, 256, **ours).way == plan_experts(8, 8, 256, **ours).way == "few"
+    assert plan_experts(9, 8, 256, **ours) == plan_experts(256, 8, 256, **ours) == ExpertsPlan("tiles", 16)
+    stored = ours | {"dense_is_free": False}
+    most = {
+        kind: max(T for T in range(1, 40) if plan_experts(T, 8, 256, **stored, kind=kind).way == "few")
+        for kind in PLANES
+    }
+    assert most == {"plain": 8, "int4": 12, "int8": 12, "fp8": 16, "fp4": 16}
     assert plan_experts(1024, 8, 256, **ours) == ExpertsPlan("tiles", 32)
     assert plan_experts(8192, 8, 256, **ours) == ExpertsPlan("tiles", 64)
     assert plan_experts(8192, 8, 256, **ours | {"dense_is_free": False}) == ExpertsPlan("tiles", 32)

@@ -26,8 +26,11 @@ from vllm.model_executor.layers.ops.silu_and_mul import silu_and_mul
 WeightsOf = Callable[[torch.Tensor | slice], torch.Tensor]
 """Experts [n] (or a run of n) -> their dense matrices [n, rows, columns]."""
 
-FEW_TOKENS, MOST_FEW_TOKENS = 12, 16
-"""Tokens up to which each choice reads its expert's weights for itself; the second where nothing else reads them as they are stored."""
+FEW_TOKENS = {"plain": 8, "int4": 12, "int8": 12, "fp8": 16, "fp4": 16}
+"""Tokens up to which each choice reads its expert's weights for itself, by how they are stored: what takes longer to become 16-bit floats
+waits longer for blocks of 16 choices that are mostly empty (benchmarks/results/moe_h200.json)."""
+MOST_FEW_TOKENS = 16
+"""The same where nothing else reads them as they are stored."""
 
 LEAST_INT4_TOKENS, MOST_INT4_TOKENS = 4, 24
 """Tokens between which csrc's kernels for int4 are the fastest: fewer have an expert each, more are waiting for tensor cores."""
@@ -54,6 +57,7 @@ def plan_experts(
     tiles: bool,
     grouped_matmul: bool,
     dense_is_free: bool,
+    kind: str = "plain",
     int4_tokens: int = 0,
 ) -> ExpertsPlan:
     """Choose a way for one batch.
@@ -63,6 +67,7 @@ def plan_experts(
         grouped_matmul: whether `has_grouped_matmul` says so for this device, dtype and size.
         dense_is_free: the weights are dense already; otherwise `grouped` has to dequantise every expert of the layer first, which
             few choices do not repay.
+        kind: of the stored weights, as in KernelWeight.
         int4_tokens: tokens up to which csrc's int4 kernels take the activations and weights.
     """
     choices = tokens * top_k
@@ -70,7 +75,7 @@ def plan_experts(
         return ExpertsPlan("loop")
     if LEAST_INT4_TOKENS <= tokens <= min(int4_tokens, MOST_INT4_TOKENS):
         return ExpertsPlan("int4")
-    if kernels and 0 < tokens <= (FEW_TOKENS if tiles else MOST_FEW_TOKENS):
+    if kernels and 0 < tokens <= (FEW_TOKENS[kind] if tiles else MOST_FEW_TOKENS):
         return ExpertsPlan("few")
     if kernels and tiles and tokens:
         per_expert = choices // num_experts
@@ -87,19 +92,30 @@ def plan_experts(
 class ExpertsFold:
     """A mixture of experts as `layers/folding.py` asks about it.
 
-    kernels, tiles, int4_tokens: as for `plan_experts`.
+    kernels, tiles, kind, int4_tokens: as for `plan_experts`.
     """
 
     top_k: int
     num_experts: int
     kernels: bool
     tiles: bool
+    kind: str = "plain"
     int4_tokens: int = 0
 
     def folds(self, rows: int, gpu: str) -> bool:
         """Where the kernels include the router: those normalise the rows, and write their results."""
-        how = {"device": "cuda", "kernels": self.kernels, "tiles": self.tiles, "int4_tokens": self.int4_tokens}
-        plan = plan_experts(rows, self.top_k, self.num_experts, **how, grouped_matmul=False, dense_is_free=False)
+        plan = plan_experts(
+            rows,
+            self.top_k,
+            self.num_experts,
+            device="cuda",
+            kernels=self.kernels,
+            tiles=self.tiles,
+            grouped_matmul=False,
+            dense_is_free=False,
+            kind=self.kind,
+            int4_tokens=self.int4_tokens,
+        )
         return plan.way in ("few", "int4")
 
 

@@ -152,6 +152,7 @@ class FusedMoE(nn.Module):
             tiles=weights is not None and fits_grouped(weights.w13, weights.w2),
             grouped_matmul=has_grouped_matmul(rows.device, rows.dtype, self.hidden_size, self.share),
             dense_is_free=self.scheme13.all_is_view and self.scheme2.all_is_view,
+            kind="plain" if weights is None else weights.w13.kind,
             int4_tokens=self._int4_tokens if weights is not None and rows.dtype == weights.router.dtype else 0,
         )
         if add_to is not None and (
@@ -180,6 +181,7 @@ class FusedMoE(nn.Module):
             self.num_experts,
             kernels=w is not None and fits(w.router, w),
             tiles=w is not None and fits_grouped(w.w13, w.w2),
+            kind="plain" if w is None else w.w13.kind,
             int4_tokens=self._int4_tokens,
         )
 
