@@ -216,7 +216,7 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path, capsys):
             "--max-num-seqs 16 needs 13.3 MiB of GDN state",
         ),
         (
-            ["--a", "base", "--b", "base", "--concurrency", "4", "--num-gpu-blocks-override", "6"],
+            ["--a", "base", "--b", "base", "--concurrency", "4", "--num-gpu-blocks-override", "4"],
             "attention pages allow 3",
         ),
         (["--a", "base", "--b", "base", "--output-len", "3"], "raise --output-len"),

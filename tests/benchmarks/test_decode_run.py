@@ -8,12 +8,16 @@ from vllm.benchmarks.decode_run import check_concurrency, random_prompts, run_gr
 PAGE = 16
 
 
-@pytest.mark.parametrize("tokens,most", [(64, 2), (63, 2), (48, 3), (17, 3)])
-def test_the_largest_concurrency_runs_at_once(tiny_model, tokens, most):
-    """A model of 64 tokens and three sequences has twelve pages: three full ones leave none for two to grow into."""
-    llm = LLM(str(tiny_model), device="cpu", max_model_len=4 * PAGE, max_num_seqs=3, use_tqdm_on_load=False)
+@pytest.mark.parametrize(
+    "pages,tokens,most",
+    [(None, 64, 3), (None, 61, 3), (8, 64, 2), (8, 61, 2), (8, 36, 2), (8, 32, 3), (8, 17, 3), (5, 32, 2)],
+)
+def test_the_largest_concurrency_runs_at_once(tiny_model, pages, tokens, most):
+    """With whole pages in use to the last one, and where a sequence begins its last page while it decodes."""
+    limits = {"max_model_len": 4 * PAGE, "max_num_seqs": 3, "num_gpu_blocks_override": pages and 1 + pages}
+    llm = LLM(str(tiny_model), device="cpu", use_tqdm_on_load=False, **limits)
     engine = llm.llm_engine
-    assert engine.core.info.num_blocks == 1 + 3 * 4
+    assert engine.core.info.num_blocks == 1 + (pages or 3 * 4)
     check_concurrency(engine, [1, most], tokens)
     with pytest.raises(ValueError, match=f"allow {most};"):
         check_concurrency(engine, [most + 1], tokens)

@@ -155,16 +155,12 @@ def run_greedy(
 
 
 def check_concurrency(engine: LLMEngine, concurrencies: Iterable[int], tokens: int) -> None:
-    """Raise ValueError unless the engine's pools hold the largest number of sequences of `tokens` tokens at once.
-
-    Beside its tokens' pages, one is counted for each sequence but the last: the scheduler lets one in only while those that run have a page
-    left to grow into.
-    """
+    """Raise ValueError unless the engine's pools hold the largest number of sequences of `tokens` tokens at once."""
     asked, info = max(concurrencies), engine.core.info
     pages = -(-tokens // info.block_size)
     limits = {
         "state slots": info.num_slots - 1,
-        "attention pages": info.num_blocks // (pages + 1),  # block 0 is nobody's
+        "attention pages": (info.num_blocks - 1) // pages,  # block 0 is nobody's
         "--max-num-seqs": engine.config.scheduler_config.max_num_seqs,
         "--max-num-batched-tokens": engine.config.scheduler_config.max_num_batched_tokens,
     }

@@ -58,6 +58,10 @@ class KVCacheManager:
         """The pages a request holds, in the order of its tokens, in a list of the caller's own."""
         return list(self._holdings[request.request_id].block_ids)
 
+    def holds_room_for(self, request: Request, num_tokens: int) -> bool:
+        """Whether the pages of a request that holds some have room for its first `num_tokens` tokens."""
+        return self.block_pool.num_blocks_for(num_tokens) <= len(self._holdings[request.request_id].block_ids)
+
     def state_slot(self, request: Request) -> int:
         """The slot a request holds."""
         return self._holdings[request.request_id].state_slot

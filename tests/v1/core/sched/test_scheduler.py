@@ -228,6 +228,15 @@ def test_a_newcomer_leaves_a_page_for_each_running_request() -> None:
     assert scheduler.kv_cache_manager.block_pool.num_free == 2
 
 
+@pytest.mark.parametrize("max_tokens,together", [(1, 4), (2, 3), (None, 3)])
+def test_who_has_all_its_pages_needs_none_to_spare(max_tokens: int | None, together: int) -> None:
+    """Nine pages and prompts of two. A last token is never computed, so that one more token needs no third page, and two do."""
+    scheduler = Setup(block_size=4, num_blocks=10, max_num_batched_tokens=64).make_scheduler()
+    for i in range(5):
+        add(scheduler, str(i), 8, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+    assert len(scheduler.schedule().new_requests) == together
+
+
 def test_a_lone_request_that_fills_the_pool_ends_by_length() -> None:
     setup = Setup(block_size=4, num_blocks=4, max_model_len=1000, max_num_batched_tokens=64)
     harness = Harness(setup)

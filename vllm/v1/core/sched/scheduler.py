@@ -219,18 +219,29 @@ class Scheduler:
         """Admit in rank order until tokens, rows, pages or slots run out. Nobody overtakes a request that does not fit.
 
         A request is admitted with pages for all of its tokens, so no prompt gets stuck half-way; and with one page to
-        spare for each request already running, because without it the very next steps would preempt what was admitted.
+        spare for each request that runs and may need one, because without it the very next steps would preempt what was admitted.
         """
+        growing: int | None = None  # counted when it is first needed
         while self.waiting and step.token_budget > 0 and len(self.running) < self.config.max_num_seqs:
             request = self.waiting.first
             num_tokens = request.num_uncomputed_tokens
             if num_tokens > step.token_budget and not self.config.enable_chunked_prefill:
                 return
-            if self.kv_cache_manager.allocate(request, num_tokens, keep_free=len(self.running)) is None:
+            if growing is None:
+                growing = sum(map(self._may_grow, self.running))
+            if self.kv_cache_manager.allocate(request, num_tokens, keep_free=growing) is None:
                 return
             self._start(request)
+            growing += self._may_grow(request)
             step.new_requests.append(request)
             step.add_row(request, min(num_tokens, step.token_budget))
+
+    def _may_grow(self, request: Request) -> bool:
+        """Whether a running request may need more pages than it holds. Its last token is never computed."""
+        longest, max_tokens = self.max_sequence_len, request.sampling_params.max_tokens
+        if max_tokens is not None:
+            longest = min(longest, request.num_prompt_tokens + max_tokens)
+        return not self.kv_cache_manager.holds_room_for(request, longest - 1)
 
     def _start(self, request: Request) -> None:
         self.waiting.remove(request)
