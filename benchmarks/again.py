@@ -18,6 +18,8 @@ from pathlib import Path
 
 from pages import ROOT
 
+from vllm.benchmarks.environment import git_hash
+
 RESULTS = ROOT / "benchmarks" / "results"
 PROGRAMS = {"python": [sys.executable], "vllm": [sys.executable, "-m", "vllm.entrypoints.cli.main"]}
 
@@ -39,23 +41,17 @@ def words(command: str, git: str) -> list[str]:
     return [*PROGRAMS[program], *(git if before == "--git" else word for before, word in zip(["", *rest], rest))]
 
 
-def checked_out() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    return os.environ.get("GIT_HASH") or done.stdout.strip() or "unknown"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="results to measure again, or all; none: list them")
-    names, commands, git = parser.parse_args().names, recorded(), checked_out()
+    names, commands = parser.parse_args().names, recorded()
     if not names:
         print("\n".join(f"{name:24} {command}" for name, command in commands.items()))
         return 0
     names = list(commands) if names == ["all"] else names
     if unknown := [name for name in names if name not in commands]:
         parser.error(f"no result has a command and the name {unknown[0]}; without names, all are listed")
+    git = os.environ.get("GIT_HASH") or git_hash(ROOT) or "unknown"
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"GIT_HASH": git, "PYTHONPATH": os.pathsep.join(paths)}
     failed = []

@@ -53,8 +53,8 @@ struct Cut {
   static constexpr int kOut = kRows * 8 * kXTiles;           // outputs of a tile
   static constexpr int kPartial = 2 * kWarps * kOut * 4;     // bytes of two tiles' sums
   static constexpr int kPitch = kPanel * bits_of(kFormat) / 8 + kPad;
-  // Stages through which x comes, the last ones, before W does: whole rows as copies, which 8 warps that all load their
-  // parts of them take longer for. Not where x is more than that, or where rows are short and the kernel is too.
+  // The last stages, if x comes through them before W does: the copy engine brings whole rows sooner than eight warps
+  // fetch their pieces of them. Not where x takes more stages, or where rows are short: there it gains nothing.
   static constexpr int kXStages =
       kFormat == Format::kPlain && kPanel == 2048 && kXTiles * kPanels <= 2 ? kXTiles * kPanels : 0;
   static_assert(kUnits % kTogether == 0 && kOut <= kWarps * 32, "");
