@@ -1,4 +1,4 @@
-// Which tokens chose which experts: every block of experts_int4.cuh finds out for itself, for up to 64 tokens.
+// Which tokens chose which experts: every block of experts_w4.cuh finds out for itself, for up to 64 tokens.
 #pragma once
 
 #include "hopper.cuh"

@@ -44,6 +44,11 @@ __device__ inline unsigned pair(unsigned word, int i) {
   }
 }
 
+// fp4's scales in bytes i and i + 2 of a word, 2^119 times as large.
+__device__ inline unsigned large_scales(unsigned word, int i) {
+  return mul2(mul2(pair<Format::kFp8>(word, i), 0x7f007f00u), 0x77807780u);  // 2^127 and 2^112
+}
+
 #endif
 
 }  // namespace quantised

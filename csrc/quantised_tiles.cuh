@@ -1,4 +1,4 @@
-// What a warp does with a few tiles of a quantised W and a few rows of x: for quantised_gemm.cuh and experts_int4.cuh.
+// What a warp does with a few tiles of a quantised W and a few rows of x: for quantised_gemm.cuh and experts_w4.cuh.
 //
 // W is the 16-row operand of mma.sync and x the 8-column one, so that of each product nothing is thrown away but the
 // columns that x has not. A step is 16 bytes of a row, a word for each lane of a quad; a chunk is four steps. Elements
@@ -151,8 +151,7 @@ struct Scales {
     for (int half = 0; half < 2; ++half) {
       const unsigned char* const from = scales + half * 8 * K::kScaleSlot + scale_at[half];
       if constexpr (K::kFp4) {
-        const unsigned two = pair<Format::kFp8>(*reinterpret_cast<const unsigned*>(from), threadIdx.x / 2 % 2);
-        const unsigned large = mul2(mul2(two, 0x7f007f00u), 0x77807780u);  // 2^127 and 2^112
+        const unsigned large = large_scales(*reinterpret_cast<const unsigned*>(from), threadIdx.x / 2 % 2);
         factor[half][0] = low_twice(large), factor[half][1] = high_twice(large);
       } else if constexpr (K::kScaling == Scaling::kShort && kGroups == 2) {
         const unsigned two = *reinterpret_cast<const unsigned*>(from);

@@ -294,7 +294,10 @@ __global__ void __launch_bounds__((Cut<kFormat, kXTiles, kPanel, kPanels>::kThre
   }
   if constexpr (kXStages > 0) {
     __syncwarp();
-    if (lane < kXStages) barrier_arrive(empty_at + 8 * (p.stages - kXStages + lane));
+    if (lane == 0) {
+#pragma unroll
+      for (int i = 1; i <= kXStages; ++i) barrier_arrive(empty_at + 8 * (p.stages - i));
+    }
   }
   if constexpr (kFold == Fold::kNorm) {
     // [rows, warps], where the sums of the second tile will be: by then all warps have multiplied the first

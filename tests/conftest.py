@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ON_THE_DEVICE = (
     "accuracy",
-    "csrc/test_experts_int4.py",
+    "csrc/test_experts_w4.py",
     "csrc/test_quantised_gemm.py",
     "entrypoints/test_llm.py",
     "v1/engine/test_llm_engine.py",

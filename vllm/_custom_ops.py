@@ -33,7 +33,7 @@ def _load(library: Path) -> str | None:
     torch.library.register_fake("vllm_c::fused_add_rms_norm", lambda x, residual, weight, eps, plus_one: None)
     torch.library.register_fake("vllm_c::gdn_decode", lambda *args, **kwargs: None)
     written = ("skinny_gemm", "skinny_gemm_norm", "skinny_gemm_add", "quantised_gemm")
-    for name in (*written, "experts_int4_gate_up", "experts_int4_down"):
+    for name in (*written, "experts_w4_gate_up", "experts_w4_down"):
         torch.library.register_fake(f"vllm_c::{name}", lambda *args: None)
     return None
 
@@ -180,33 +180,37 @@ def quantised_gemm(
     torch.ops.vllm_c.quantised_gemm(out, x, weight, scale, zero, row_scale, bits, group, scale_rows, ring, late)
 
 
-def experts_int4_gate_up(
+def experts_w4_gate_up(
     h: torch.Tensor,
     x: torch.Tensor,
     words: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
     logits: torch.Tensor,
     top_k: int,
     stages: int,
 ) -> None:
-    """h = silu(gate x) * up x of each token's top_k best experts, for up to 64 tokens; int4 weights, sm_90 and newer.
+    """h = silu(gate x) * up x of each token's top_k best experts, for up to 64 tokens; int4 or fp4 weights, sm_90 and newer.
 
-    x [T, D] in bfloat16; words [E, 2I, D / 8], scale and zero as in `KernelWeight`; logits float32 [T, E + 1], of which the last is not
-    an expert's. h [8 * lists, I] has 8 rows for each list of tokens that there may be (`ops/int4.py`), in an order that
-    `experts_int4_down` knows. stages (3 or 4): chunks of weights a warp has room for.
+    x [T, D] in bfloat16; words [E, 2I, ...], scale, zero and row_scale of W [E, 2I, D] as in `KernelWeight`; logits float32 [T, E + 1], of which the last is not
+    an expert's. h [8 * lists, I] has 8 rows for each list of tokens that there may be (`ops/w4.py`), in an order that
+    `experts_w4_down` knows. stages (3 or 4): chunks of weights a warp has room for.
     """
-    torch.ops.vllm_c.experts_int4_gate_up(h, x, words, scale, zero, logits, top_k, stages)
+    torch.ops.vllm_c.experts_w4_gate_up(h, x, words, scale, zero, row_scale, logits, top_k, stages)
 
 
-def experts_int4_down(
+def experts_w4_down(
     y: torch.Tensor,
     h: torch.Tensor,
     words: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
     shared_x: torch.Tensor | None,
     shared_w: torch.Tensor | None,
+    shared_scale: torch.Tensor | None,
+    shared_row_scale: torch.Tensor | None,
     logits: torch.Tensor,
     top_k: int,
     add: bool,
@@ -215,8 +219,9 @@ def experts_int4_down(
 ) -> None:
     """y [T, D] = the sum of each token's choices down h by softmax over their logits, and sigmoid(last logit) * shared_w shared_x.
 
-    words [E, D, I / 8]; shared_w [D, S] and shared_x [T, S] in bfloat16. add: the sum, rounded, to what is in y. warps (8 or 16) of a
+    words, scale, zero and row_scale of W [E, D, I]; shared_x [T, S] in bfloat16, and shared_w [D, S] too or, with its scales and factors
+    of rows, fp4 beside fp4. add: the sum, rounded, to what is in y. warps (8 or 16) of a
     block; stages as above.
     """
-    of_shared = shared_x, shared_w
-    torch.ops.vllm_c.experts_int4_down(y, h, words, scale, zero, *of_shared, logits, top_k, add, warps, stages)
+    of_shared = shared_x, shared_w, shared_scale, shared_row_scale
+    torch.ops.vllm_c.experts_w4_down(y, h, words, scale, zero, row_scale, *of_shared, logits, top_k, add, warps, stages)

@@ -74,8 +74,8 @@ def ways(tokens: int, weights: str) -> dict[str, ExpertsPlan | None]:
     found: dict[str, ExpertsPlan | None] = {"auto": None, "auto_again": None}
     if tokens <= 16:
         found["few"] = ExpertsPlan("few")
-    if tokens <= 64 and weights.startswith("int4"):
-        found["int4"] = ExpertsPlan("int4")
+    if tokens <= 64 and weights.startswith(("int4", "fp4")):
+        found["w4"] = ExpertsPlan("w4")
     if tokens > 1:
         found |= {
             f"tiles_{block}": ExpertsPlan("tiles", block)

@@ -14,8 +14,8 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.ops.few_tokens import moe_few_tokens_triton
 from vllm.model_executor.layers.fused_moe.ops.grouped import by_planes_triton, combine_triton, experts_triton
 from vllm.model_executor.layers.fused_moe.ops.grouped_fp8 import experts_fp8_triton
-from vllm.model_executor.layers.fused_moe.ops.int4 import moe_int4_cuda
 from vllm.model_executor.layers.fused_moe.ops.route import route_triton
+from vllm.model_executor.layers.fused_moe.ops.w4 import moe_w4_cuda
 from vllm.model_executor.layers.ops.rms_norm import Unnormed
 
 E, D, I, S, TOP_K = 6, 384, 128, 96, 3
@@ -43,14 +43,14 @@ def many(form: str) -> None:
         combine_triton(y, routed.shares, x.clone(), logits[:, E:], x)
 
 
-def int4(form: str) -> None:
-    """csrc's kernels, with and without a shared expert."""
-    for T in (1, 3, 40):
-        x = torch.randn(T, D, device="cuda").bfloat16()
-        for shared in (S, 0):
-            weights = layer(E, D, I, shared, form, x.dtype, "cuda")
-            moe_int4_cuda(x, weights, TOP_K)
-            moe_int4_cuda(x, weights, TOP_K, x)
+def w4(form: str) -> None:
+    """csrc's kernels, with a shared expert in 16 bits or, beside fp4, in fp4, and without."""
+    for T, (columns, shared) in itertools.product((1, 3, 40), ((S, "plain"), (S, form), (0, ""))):
+        if shared in ("", "plain", "fp4 nv"):
+            x = torch.randn(T, D, device="cuda").bfloat16()
+            weights = layer(E, D, I, columns, form, x.dtype, "cuda", shared)
+            moe_w4_cuda(x, weights, TOP_K)
+            moe_w4_cuda(x, weights, TOP_K, x)
 
 
 def many_with_fp8_inputs() -> None:
@@ -63,8 +63,8 @@ def main() -> None:
     for form in FORMS:
         few(form)
         many(form)
-        if form in ("int4", "int4 zero", "int4 128") and ops.available("cuda"):
-            int4(form)
+        if form in ("int4", "int4 zero", "int4 128", "fp4 nv") and ops.available("cuda"):
+            w4(form)
         torch.cuda.synchronize()
     many_with_fp8_inputs()
     torch.cuda.synchronize()

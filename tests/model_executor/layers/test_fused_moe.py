@@ -101,9 +101,11 @@ def test_plan_is_a_pure_function_of_the_problem():
     assert plan_experts(16, 8, 256, **ours | {"tiles": False}).way == "few"
     assert plan_experts(17, 8, 256, **ours | {"tiles": False}).way == "grouped"
     assert plan_experts(0, 8, 256, **ours).way == "grouped"
-    int4 = ours | {"dense_is_free": False, "int4_tokens": 64}
-    assert [plan_experts(T, 8, 256, **int4).way for T in (3, 4, 24, 25)] == ["few", "int4", "int4", "tiles"]
-    assert plan_experts(20, 8, 256, **int4 | {"int4_tokens": 16}).way == "tiles"
+    w4 = ours | {"dense_is_free": False, "w4_tokens": 64, "kind": "int4"}
+    assert [plan_experts(T, 8, 256, **w4).way for T in (3, 4, 24, 25)] == ["few", "w4", "w4", "tiles"]
+    assert plan_experts(20, 8, 256, **w4 | {"w4_tokens": 16}).way == "tiles"
+    w4["kind"] = "fp4"
+    assert [plan_experts(T, 8, 256, **w4).way for T in (1, 2, 64, 65)] == ["few", "w4", "w4", "tiles"]
     packed = {**gpu, "dense_is_free": False}
     assert plan_experts(1, 8, 256, **packed) == ExpertsPlan("blocks", 1)
     assert plan_experts(512, 8, 256, **packed).way == "grouped"

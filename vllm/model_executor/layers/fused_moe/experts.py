@@ -1,7 +1,7 @@
 """y_s = down_e(silu(gate_e x) * up_e x) for every choice s = (token, expert e): the ways to the same numbers.
 
     few      kernels that stream each choice's packed weights, router and shared expert included (ops/few_tokens.py)
-    int4     csrc's kernels that walk over the chosen experts' int4 weights, router and shared expert included (ops/int4.py)
+    w4       csrc's kernels that walk over the chosen experts' weights of 4 bits, router and shared expert included (ops/w4.py)
     tiles    kernels over blocks of one expert's choices, weights as they are stored (ops/route.py, ops/grouped.py)
     loop     expert by expert, those that have tokens: cheap and exact, but it asks the device which they are. For the CPU.
     grouped  tokens sorted by expert, then torch's grouped matrix product. CUDA devices with a grouped kernel.
@@ -32,8 +32,9 @@ waits longer for blocks of 16 choices that are mostly empty (benchmarks/results/
 MOST_FEW_TOKENS = 16
 """The same where nothing else reads them as they are stored."""
 
-LEAST_INT4_TOKENS, MOST_INT4_TOKENS = 4, 24
-"""Tokens between which csrc's kernels for int4 are the fastest: fewer have an expert each, more are waiting for tensor cores."""
+W4_TOKENS = {"int4": (4, 24), "fp4": (2, 64)}
+"""Tokens between which csrc's kernels for 4 bits are the fastest: fewer have an expert each, more are waiting for tensor cores
+(benchmarks/results/moe_h200.json)."""
 
 MAX_BYTES = 256 << 20
 """Bound on copies of expert matrices that `blocks` holds at once."""
@@ -58,7 +59,7 @@ def plan_experts(
     grouped_matmul: bool,
     dense_is_free: bool,
     kind: str = "plain",
-    int4_tokens: int = 0,
+    w4_tokens: int = 0,
 ) -> ExpertsPlan:
     """Choose a way for one batch.
 
@@ -68,13 +69,14 @@ def plan_experts(
         dense_is_free: the weights are dense already; otherwise `grouped` has to dequantise every expert of the layer first, which
             few choices do not repay.
         kind: of the stored weights, as in KernelWeight.
-        int4_tokens: tokens up to which csrc's int4 kernels take the activations and weights.
+        w4_tokens: tokens up to which csrc's kernels for 4 bits take the activations and weights.
     """
     choices = tokens * top_k
     if device == "cpu":
         return ExpertsPlan("loop")
-    if LEAST_INT4_TOKENS <= tokens <= min(int4_tokens, MOST_INT4_TOKENS):
-        return ExpertsPlan("int4")
+    least, most = W4_TOKENS.get(kind, (1, 0))
+    if least <= tokens <= min(w4_tokens, most):
+        return ExpertsPlan("w4")
     if kernels and 0 < tokens <= (FEW_TOKENS[kind] if tiles else MOST_FEW_TOKENS):
         return ExpertsPlan("few")
     if kernels and tiles and tokens:
@@ -92,7 +94,7 @@ def plan_experts(
 class ExpertsFold:
     """A mixture of experts as `layers/folding.py` asks about it.
 
-    kernels, tiles, kind, int4_tokens: as for `plan_experts`.
+    kernels, tiles, kind, w4_tokens: as for `plan_experts`.
     """
 
     top_k: int
@@ -100,7 +102,7 @@ class ExpertsFold:
     kernels: bool
     tiles: bool
     kind: str = "plain"
-    int4_tokens: int = 0
+    w4_tokens: int = 0
 
     def folds(self, rows: int, gpu: str) -> bool:
         """Where the kernels include the router: those normalise the rows, and write their results."""
@@ -114,9 +116,9 @@ class ExpertsFold:
             grouped_matmul=False,
             dense_is_free=False,
             kind=self.kind,
-            int4_tokens=self.int4_tokens,
+            w4_tokens=self.w4_tokens,
         )
-        return plan.way in ("few", "int4")
+        return plan.way in ("few", "w4")
 
 
 @functools.cache

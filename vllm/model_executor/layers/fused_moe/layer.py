@@ -27,8 +27,8 @@ from vllm.model_executor.layers.fused_moe.ops.grouped import (
     experts_triton,
     fits_grouped,
 )
-from vllm.model_executor.layers.fused_moe.ops.int4 import int4_tokens, moe_int4_cuda
 from vllm.model_executor.layers.fused_moe.ops.route import route
+from vllm.model_executor.layers.fused_moe.ops.w4 import moe_w4_cuda, w4_tokens
 from vllm.model_executor.layers.fused_moe.ops.weights import PLANES, MoEWeights, fits
 from vllm.model_executor.layers.fused_moe.router import topk_softmax
 from vllm.model_executor.layers.linear import Linear, plain_plan, plus, sources_of_parts
@@ -92,7 +92,7 @@ class FusedMoE(nn.Module):
         self.scheme13.create(self, "w13_", (num_experts,), 2 * self.share, hidden_size, plan.dtype)
         self.scheme2.create(self, "w2_", (num_experts,), hidden_size, self.share, plan.dtype)
         self._weights: MoEWeights | None = None
-        self._int4_tokens = 0
+        self._w4_tokens = 0
 
     def checkpoint_slots(self) -> Iterator[Slot]:
         D, intermediate = self.hidden_size, self.intermediate_size
@@ -153,14 +153,14 @@ class FusedMoE(nn.Module):
             grouped_matmul=has_grouped_matmul(rows.device, rows.dtype, self.hidden_size, self.share),
             dense_is_free=self.scheme13.all_is_view and self.scheme2.all_is_view,
             kind="plain" if weights is None else weights.w13.kind,
-            int4_tokens=self._int4_tokens if weights is not None and rows.dtype == weights.router.dtype else 0,
+            w4_tokens=self._w4_tokens if weights is not None and rows.dtype == weights.router.dtype else 0,
         )
         if add_to is not None and (
-            self.group.size > 1 or plan.way not in ("few", "int4", "tiles") or rows.shape[0] > PIECE
+            self.group.size > 1 or plan.way not in ("few", "w4", "tiles") or rows.shape[0] > PIECE
         ):
             return plus(add_to, self.forward(x, router, shared))
-        if plan.way in ("few", "int4"):
-            y = (moe_few_tokens if plan.way == "few" else moe_int4_cuda)(x, weights, self.top_k, add_to)
+        if plan.way in ("few", "w4"):
+            y = (moe_few_tokens if plan.way == "few" else moe_w4_cuda)(x, weights, self.top_k, add_to)
             return y if y is None else tensor_model_parallel_all_reduce(y)
         if plan.way == "tiles" and rows.shape[0] <= PIECE:
             y = self._tiles(x, weights, router, shared, plan.block, add_to)
@@ -182,7 +182,7 @@ class FusedMoE(nn.Module):
             kernels=w is not None and fits(w.router, w),
             tiles=w is not None and fits_grouped(w.w13, w.w2),
             kind="plain" if w is None else w.w13.kind,
-            int4_tokens=self._int4_tokens,
+            w4_tokens=self._w4_tokens,
         )
 
     def _tiles(
@@ -232,7 +232,7 @@ class FusedMoE(nn.Module):
             if None in parts or any(part.kind != "plain" for part in plain):
                 return None
             self._weights = MoEWeights(plain[0].values, w13, w2, *(part.values for part in plain[1:]), *parts[4:])
-            self._int4_tokens = int4_tokens(plain[0].values, self._weights, self.top_k)
+            self._w4_tokens = w4_tokens(plain[0].values, self._weights, self.top_k)
         return self._weights
 
     def _w13(self, experts: torch.Tensor | slice) -> torch.Tensor:

@@ -1,7 +1,7 @@
-// The kernels of csrc/experts_int4.cuh on the CPU, for tests/csrc/test_experts_int4.py.
+// The kernels of csrc/experts_w4.cuh on the CPU, for tests/csrc/test_experts_w4.py.
 #include "emulator.h"
 //
-#include "../../../csrc/experts_int4.cuh"
+#include "../../../csrc/experts_w4.cuh"
 
 using namespace vllm::experts;
 

@@ -1,6 +1,7 @@
-"""csrc/experts_int4.cu against PyTorch: on a GPU as it is, without one on the emulator."""
+"""csrc/experts_w4.cu against PyTorch: on a GPU as it is, without one on the emulator."""
 
 import ctypes
+import dataclasses
 from ctypes import c_bool, c_int, c_void_p
 
 import pytest
@@ -9,32 +10,35 @@ import torch
 from tests.csrc.emulated.library import aligned, load, pointer
 from tests.kernels.experts import layer
 from vllm import _custom_ops as ops
-from vllm.model_executor.layers.fused_moe.ops import int4
+from vllm.model_executor.layers.fused_moe.ops import w4
 from vllm.model_executor.layers.fused_moe.ops.few_tokens import moe_few_tokens_torch
 from vllm.model_executor.layers.fused_moe.ops.front import front_torch
-from vllm.model_executor.layers.fused_moe.ops.int4 import (
+from vllm.model_executor.layers.fused_moe.ops.w4 import (
     MOST_TOKENS,
-    Int4Plan,
-    int4_tokens,
-    moe_int4_cuda,
+    W4Plan,
+    moe_w4_cuda,
     most_lists,
-    plan_int4,
+    plan_w4,
     reads,
+    reads_shared,
     shared_bytes,
     slots_of,
+    w4_tokens,
 )
-from vllm.model_executor.layers.fused_moe.ops.weights import MoEWeights
+from vllm.model_executor.layers.fused_moe.ops.weights import PLANES, MoEWeights
 from vllm.model_executor.layers.ops.rms_norm import Unnormed
 from vllm.model_executor.layers.quantization.base import KernelWeight
 
-FORMS = ("int4", "int4 zero", "int4 128")
+FORMS = ("int4", "int4 zero", "int4 128", "fp4 nv")
 H200, RTX = 232448, 101376
-PLAN = Int4Plan(4, 8, 4)
+PLAN = W4Plan(4, 8, 4)
 
 
 class Stack(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("w", "scale", "zero")] + [
-        (name, c_int) for name in ("rows", "row_bytes", "groups", "shared_chunks")
+    _fields_ = [
+        *((name, c_void_p) for name in ("w", "scale", "zero", "row_scale")),
+        *((name, c_int) for name in ("rows", "row_bytes", "groups", "shared_chunks")),
+        ("floats", c_bool),
     ]
 
 
@@ -43,14 +47,16 @@ class Routing(ctypes.Structure):
 
 
 class Shared(ctypes.Structure):
-    _fields_ = [("w", c_void_p), ("x", c_void_p), ("columns", c_int)]
+    _fields_ = [*((name, c_void_p) for name in ("w", "x", "scale", "row_scale")), ("columns", c_int)]
 
 
-def stack(words, scale, zero):
-    rows, columns, groups = words.shape[1], words.shape[2] * 8, scale.shape[2]
-    parts = [None if part is None else aligned(part) for part in (words, scale, zero)]
+def stack(words, scale, zero, row_scale):
+    floats = words.dtype == torch.uint8
+    rows, columns = words.shape[1], words.shape[2] * PLANES["fp4" if floats else "int4"]
+    groups = columns // 32 if floats else scale.shape[2]
+    parts = [None if part is None else aligned(part) for part in (words, scale, zero, row_scale)]
     shared = max(1, columns // groups // 128)
-    made = Stack(*map(pointer, parts), rows, columns // 2, groups, (shared - 1).bit_length())
+    made = Stack(*map(pointer, parts), rows, columns // 2, groups, (shared - 1).bit_length(), floats)
     made.parts = parts  # kept alive
     return made
 
@@ -60,26 +66,29 @@ def routing(logits, h_rows, experts, top_k):
 
 
 class Emulated:
-    """What ops/int4.py calls, on the CPU: the same kernels, one block after the other."""
+    """What ops/w4.py calls, on the CPU: the same kernels, one block after the other."""
 
     BLOCKS = 3
 
     def __init__(self, monkeypatch):
-        self._library = load("experts_int4.cpp")
+        self._library = load("experts_w4.cpp")
         for name in ("gate_up", "down"):
-            monkeypatch.setattr(ops, f"experts_int4_{name}", getattr(self, name))
+            monkeypatch.setattr(ops, f"experts_w4_{name}", getattr(self, name))
 
-    def gate_up(self, h, x, words, scale, zero, logits, top_k, stages):
-        result, x, w = aligned(torch.full_like(h, torch.nan)), aligned(x), stack(words, scale, zero)
+    def gate_up(self, h, x, words, scale, zero, row_scale, logits, top_k, stages):
+        result, x, w = aligned(torch.full_like(h, torch.nan)), aligned(x), stack(words, scale, zero, row_scale)
         r = routing(logits, h.shape[0], words.shape[0], top_k)
         self._library.gate_up(pointer(result), pointer(x), ctypes.byref(w), ctypes.byref(r), self.BLOCKS, stages)
         h.copy_(result)
 
-    def down(self, y, h, words, scale, zero, shared_x, shared_w, logits, top_k, add, warps, stages):
-        result, h, w = aligned(y if add else torch.full_like(y, torch.nan)), aligned(h), stack(words, scale, zero)
+    def down(
+        self, y, h, words, scale, zero, row_scale, x, shared_w, shared_scale, factors, logits, top_k, add, warps, stages
+    ):
+        result, h = aligned(y if add else torch.full_like(y, torch.nan)), aligned(h)
+        w = stack(words, scale, zero, row_scale)
         r = routing(logits, h.shape[0], words.shape[0], top_k)
-        parts = [None if part is None else aligned(part) for part in (shared_w, shared_x)]
-        shared = Shared(*map(pointer, parts), 0 if shared_w is None else shared_w.shape[1])
+        parts = [None if part is None else aligned(part) for part in (shared_w, x, shared_scale, factors)]
+        shared = Shared(*map(pointer, parts), 0 if x is None else x.shape[1])
         how = ctypes.byref(w), ctypes.byref(r), ctypes.byref(shared), c_bool(add), warps, stages
         self._library.down(pointer(result), pointer(h), *how)
         y.copy_(result)
@@ -92,7 +101,7 @@ def device(monkeypatch):
             pytest.skip("needs csrc/ and sm_90")
         return "cuda"
     Emulated(monkeypatch)
-    monkeypatch.setattr(int4, "front_triton", front_in_16_bits)
+    monkeypatch.setattr(w4, "front_triton", front_in_16_bits)
     return "cpu"
 
 
@@ -110,16 +119,16 @@ def assert_alike(got, expected):
     assert error < 8e-3, error.item()
 
 
-def case(device, T, E, D, I, S, top_k, form="int4"):
-    return torch.randn(T, D, device=device).bfloat16(), layer(E, D, I, S, form, torch.bfloat16, device), top_k
+def case(device, T, E, D, I, S, top_k, form="int4", shared="plain"):
+    return torch.randn(T, D, device=device).bfloat16(), layer(E, D, I, S, form, torch.bfloat16, device, shared), top_k
 
 
 def check(device, plan=PLAN, **sizes):
     x, weights, top_k = case(device, **sizes)
-    assert_alike(moe_int4_cuda(x, weights, top_k, plan=plan), moe_few_tokens_torch(x, weights, top_k))
+    assert_alike(moe_w4_cuda(x, weights, top_k, plan=plan), moe_few_tokens_torch(x, weights, top_k))
 
 
-@pytest.mark.parametrize("plan", [PLAN, Int4Plan(3, 16, 3)], ids=["four stages", "three"])
+@pytest.mark.parametrize("plan", [PLAN, W4Plan(3, 16, 3)], ids=["four stages", "three"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("T", [1, 3])
 def test_a_few_tokens(device, form, T, plan):
@@ -138,8 +147,33 @@ def test_a_few_tokens(device, form, T, plan):
         (64, 33, 128, 128, 32, 5),
     ],
 )
-def test_shapes(device, T, E, D, I, S, top_k):
-    check(device, T=T, E=E, D=D, I=I, S=S, top_k=top_k)
+@pytest.mark.parametrize("form", ["int4", "fp4 nv"])
+def test_shapes(device, T, E, D, I, S, top_k, form):
+    check(device, T=T, E=E, D=D, I=I, S=S, top_k=top_k, form=form)
+
+
+@pytest.mark.parametrize("T,S", [(1, 64), (3, 512), (20, 96)])
+def test_a_shared_expert_of_fp4(device, T, S):
+    check(device, T=T, E=8, D=256, I=128, S=S, top_k=2, form="fp4 nv", shared="fp4 nv")
+
+
+def test_fp4_without_factors_of_rows(device):
+    x, w, top_k = case(device, T=2, E=4, D=128, I=128, S=64, top_k=2, form="fp4 nv", shared="fp4 nv")
+    w = dataclasses.replace(
+        w, **{name: dataclasses.replace(getattr(w, name), row_scale=None) for name in ("w13", "w2", "s2")}
+    )
+    assert_alike(moe_w4_cuda(x / 64, w, top_k, plan=PLAN), moe_few_tokens_torch(x / 64, w, top_k))
+
+
+def test_fp4_at_the_ends_of_its_range(device):
+    """The largest elements and scales beside the smallest: bfloat16 holds what they are turned into."""
+    x, w, _ = case(device, T=2, E=2, D=128, I=128, S=64, top_k=1, form="fp4 nv", shared="fp4 nv")
+    for part in (w.w13, w.w2, w.s2):
+        part.values.view(torch.uint8)[..., ::2] = 0x7F  # 6 and -6 (0xF)
+        part.scale.view(torch.uint8)[..., ::2] = 0x7E  # 448
+        part.scale.view(torch.uint8)[..., 1::2] = 0x01  # 2^-9
+    w.w13.row_scale.mul_(1e-4)
+    assert_alike(moe_w4_cuda(x, w, 1, plan=PLAN), moe_few_tokens_torch(x, w, 1))
 
 
 @pytest.mark.parametrize("group,columns", [(256, 768), (384, 384)])
@@ -153,10 +187,10 @@ def test_between_residual_and_residual(device, T):
     """Rows still to be normalised in, the result added to them in place, and rounded before it is."""
     residual, weights, top_k = case(device, T=T, E=8, D=256, I=128, S=64, top_k=2)
     rows = Unnormed(residual, torch.randn(256, device=device).bfloat16() * 0.3, 1e-6, True)
-    result = moe_int4_cuda(rows, weights, top_k, plan=PLAN)
+    result = moe_w4_cuda(rows, weights, top_k, plan=PLAN)
     assert_alike(result, moe_few_tokens_torch(rows, weights, top_k))
     want = residual + result
-    assert moe_int4_cuda(rows, weights, top_k, residual, PLAN) is None
+    assert moe_w4_cuda(rows, weights, top_k, residual, PLAN) is None
     assert torch.equal(residual, want)
 
 
@@ -166,14 +200,14 @@ def test_negative_logits(device):
     router[5] = -1e-3
     w = MoEWeights(router.to(device).bfloat16(), w.w13, w.w2, w.gate, w.s13, w.s2)
     for top_k in (1, 3):
-        assert_alike(moe_int4_cuda(x.abs(), w, top_k, plan=PLAN), moe_few_tokens_torch(x.abs(), w, top_k))
+        assert_alike(moe_w4_cuda(x.abs(), w, top_k, plan=PLAN), moe_few_tokens_torch(x.abs(), w, top_k))
 
 
 def test_equal_tokens_share_lists(device):
     """Rows of padding are all alike and choose the same few experts."""
     x, weights, top_k = case(device, T=20, E=8, D=128, I=128, S=32, top_k=2)
     x[1:] = x[1]
-    y = moe_int4_cuda(x, weights, top_k, plan=PLAN)
+    y = moe_w4_cuda(x, weights, top_k, plan=PLAN)
     assert_alike(y, moe_few_tokens_torch(x, weights, top_k))
     assert torch.equal(y[1:], y[1:2].expand(19, -1))
 
@@ -181,17 +215,17 @@ def test_equal_tokens_share_lists(device):
 def test_a_token_is_the_same_beside_any_other(device):
     """Bit for bit, as long as there are as many: it may have another column, and experts of its own another list."""
     x, weights, top_k = case(device, T=4, E=8, D=256, I=128, S=64, top_k=2)
-    y = moe_int4_cuda(x, weights, top_k, plan=PLAN)
-    assert torch.equal(moe_int4_cuda(x, weights, top_k, plan=PLAN), y)
+    y = moe_w4_cuda(x, weights, top_k, plan=PLAN)
+    assert torch.equal(moe_w4_cuda(x, weights, top_k, plan=PLAN), y)
     order = torch.tensor([2, 0, 3, 1], device=device)
-    assert torch.equal(moe_int4_cuda(x[order], weights, top_k, plan=PLAN), y[order])
+    assert torch.equal(moe_w4_cuda(x[order], weights, top_k, plan=PLAN), y[order])
 
 
 def test_large_activations_keep_their_small_differences(device):
     """What 128 in every element adds goes away again: inputs of one sign, whose sum is far above their products with centred weights."""
     x, weights, top_k = case(device, T=4, E=2, D=1024, I=128, S=0, top_k=1)
     x = (torch.rand(4, 1024, device=device) + 1).bfloat16()
-    assert_alike(moe_int4_cuda(x, weights, top_k, plan=PLAN), moe_few_tokens_torch(x, weights, top_k))
+    assert_alike(moe_w4_cuda(x, weights, top_k, plan=PLAN), moe_few_tokens_torch(x, weights, top_k))
 
 
 def test_what_the_kernels_read():
@@ -206,34 +240,44 @@ def test_what_the_kernels_read():
     assert not reads(weight(64, 256, 64), 32) and not reads(weight(64, 768, 384), 32), "groups of another size"
     assert not reads(weight(64, 256, 32, kind="int8"), 32) and not reads(weight(64, 256, 32, scale_rows=2), 32)
     assert not reads(weight(64, 256, 32, scale=torch.zeros(1)), 32), "scales in float32"
+    nv, fp4 = (layer(8, 256, 128, 64, form, torch.bfloat16, "cpu", form) for form in ("fp4 nv", "fp4"))
+    assert reads(nv.w13, 32) and reads(nv.w2, 16) and reads_shared(nv.s2, nv.w2)
+    assert not reads(fp4.w13, 32) and not reads_shared(fp4.s2, nv.w2), "scales in float32"
+    assert not reads(dataclasses.replace(nv.w13, group=32), 32)
     cpu = layer(8, 256, 128, 64, "int4", torch.bfloat16, "cpu")
-    assert int4_tokens(cpu.router, cpu, 2) == 0, "a CPU has no csrc"
+    assert not reads_shared(nv.s2, cpu.w2) and reads_shared(cpu.s2, cpu.w2) and reads_shared(cpu.s2, nv.w2)
+    assert w4_tokens(cpu.router, cpu, 2) == 0, "a CPU has no csrc"
 
 
 @pytest.mark.parametrize(
     "form,E,D,I,top_k",
-    [("int4", 256, 2048, 512, 8), ("int4 zero", 512, 2048, 512, 10), ("int4 128", 256, 3072, 1024, 8)],
+    [
+        ("int4", 256, 2048, 512, 8),
+        ("int4 zero", 512, 2048, 512, 10),
+        ("int4 128", 256, 3072, 1024, 8),
+        ("fp4 nv", 256, 2048, 512, 8),
+    ],
 )
 def test_plans_of_the_published_shapes(form, E, D, I, top_k):
     """sm_90 and sm_120 have room for all tokens."""
     w = layer(2, D, I, 0, form, torch.bfloat16, "cpu")
     slots = slots_of(w.w13), slots_of(w.w2)
     for memory in (H200, RTX):
-        plans = [plan_int4(memory, T, E, top_k, *slots) for T in range(1, MOST_TOKENS + 1)]
+        plans = [plan_w4(memory, T, E, top_k, *slots) for T in range(1, MOST_TOKENS + 1)]
         assert all(plans)
         assert plans[7].down_warps == 16
-    little = [plan_int4(90_000, T, E, top_k, *slots) for T in range(1, MOST_TOKENS + 1)]
+    little = [plan_w4(90_000, T, E, top_k, *slots) for T in range(1, MOST_TOKENS + 1)]
     assert [plan is None for plan in little] == sorted(plan is None for plan in little), "more tokens need more"
-    assert plan_int4(0, 1, E, top_k, *slots) is None
+    assert plan_w4(0, 1, E, top_k, *slots) is None
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("T,E,top_k", [(1, 256, 8), (8, 256, 8), (64, 512, 10), (3, 7, 2)])
 def test_python_knows_what_the_kernels_take(form, T, E, top_k):
-    library, w = load("experts_int4.cpp"), layer(2, 256, 128, 0, form, torch.bfloat16, "cpu")
+    library, w = load("experts_w4.cpp"), layer(2, 256, 128, 0, form, torch.bfloat16, "cpu")
     lists = most_lists(T, E, top_k)
     r, found = Routing(None, 0, T, E, top_k, lists), (c_int * 3)()
-    w13, w2 = (stack(part.values, part.scale, part.zero) for part in (w.w13, w.w2))
+    w13, w2 = (stack(part.values, part.scale, part.zero, part.row_scale) for part in (w.w13, w.w2))
     for warps, stages in ((8, 3), (16, 4)):
         library.sizes(ctypes.byref(w13), ctypes.byref(w2), ctypes.byref(r), warps, stages, found)
         slots = slots_of(w.w13)

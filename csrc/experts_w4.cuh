@@ -1,5 +1,5 @@
-// The device side of experts_int4.cu: a mixture of experts with int4 weights for up to 64 tokens, in two launches that
-// take as long as the chosen experts' weights take to arrive.
+// The device side of experts_w4.cu: a mixture of experts with weights of 4 bits for up to 64 tokens, in two launches
+// that take as long as the chosen experts' weights take to arrive.
 //
 // Every block chooses for all tokens by itself and lists the chosen experts, each with up to 8 of its tokens, which are
 // the columns of a product (quantised_tiles.cuh). Then it stays and walks over tiles of their weights, with copies
@@ -22,15 +22,23 @@ using namespace quantised;
 constexpr int kMostDownWarps = 16;
 constexpr int kStages = 4, kFew = 3;  // of a warp's ring: as many, or where there is no room for them, so few
 
-struct Stack {  // of matrices [experts, rows, columns], int4 with bfloat16 scales [experts, rows, groups]
-  const unsigned char *w, *scale, *zero;  // zero points of 8 bits, or null: 8
+// Of matrices [experts, rows, columns]: int4 with bfloat16 scales [experts, rows, groups], or fp4 with scales of 8 bits
+// in groups of 16, of which two count as one here as they do for quantised_tiles.cuh.
+struct Stack {
+  const unsigned char *w, *scale, *zero;  // int4's zero points of 8 bits, or null: 8
+  const float* row_scale;                 // fp4's factors [experts, rows], or null: 1
   int rows, row_bytes, groups;
   int shared_chunks;  // chunks that share a scale, as a power of two
+  bool floats;        // fp4
 };
 
-struct Shared {  // the expert of all tokens: w [rows, columns] of what it has made of x [tokens, columns]
-  const bf16 *w, *x;
-  int columns;  // 0: there is none
+// The expert of all tokens: w [rows, columns] of what it has made of x [tokens, columns].
+struct Shared {
+  const bf16* w;  // or, where `scale` is not null, fp4
+  const bf16* x;
+  const unsigned char* scale;  // [rows, columns / 16]
+  const float* row_scale;      // [rows], or null: 1
+  int columns;                 // 0: there is none
 };
 
 #if __CUDA_ARCH__ >= 900
@@ -160,6 +168,37 @@ __device__ inline int ordered(int i) { return i % 4 * 2 + i / 4; }
 
 __device__ inline float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
 
+// What the sum of a row's products with fp4 elements is still to be multiplied with.
+__device__ inline float row_factor(const float* row_scale, int64_t row) {
+  return sums_larger(Format::kFp4) * (row_scale == nullptr ? 1.f : row_scale[row]);
+}
+
+// The same for a lane's sums of a product, of this row and the one 8 further down.
+struct RowFactors {
+  float upper, lower;
+
+  __device__ RowFactors(const float* row_scale, int64_t row)
+      : upper(row_factor(row_scale, row)), lower(row_factor(row_scale, row + 8)) {}
+  __device__ void multiply(float (&c)[4]) const { c[0] *= upper, c[1] *= upper, c[2] *= lower, c[3] *= lower; }
+};
+
+// c += eight columns a lane of fp4 w times v: from element `at` on, and `below` elements further.
+__device__ inline void multiply_fp4(float (&c)[4], const unsigned char* w, const unsigned char* scale, int64_t at,
+                                    int below, const uint4& v) {
+  const unsigned x[4] = {__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632), __byte_perm(v.y, v.w, 0x5410),
+                         __byte_perm(v.y, v.w, 0x7632)};
+  unsigned a[2][4];
+#pragma unroll
+  for (int half = 0; half < 2; ++half, at += below) {
+    const unsigned word = *reinterpret_cast<const unsigned*>(w + at / 2);
+    const unsigned factor = low_twice(large_scales(scale[at / 16], 0));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[half][i] = mul2(pair<Format::kFp4>(word, i), factor);
+  }
+  mma<bf16>(c, a[0][0], a[1][0], a[0][1], a[1][1], x[0], x[1]);
+  mma<bf16>(c, a[0][2], a[1][2], a[0][3], a[1][3], x[2], x[3]);
+}
+
 #endif
 
 template <typename K>
@@ -221,7 +260,12 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
         }
       }
     }
-    const ScaleRows<K> own = fetcher.scale_rows(int64_t(lists.expert[list]) * w.rows + tile * kTile);
+    const int64_t row_of_gate = int64_t(lists.expert[list]) * w.rows + tile * kTile;
+    const ScaleRows<K> own = fetcher.scale_rows(row_of_gate);
+    float factor_of_sum = 1.f;
+    if constexpr (K::kFp4) {
+      factor_of_sum = row_factor(w.row_scale, row_of_gate + lane / kTile * inner + lane % kTile);
+    }
     float acc[2][1][4] = {};
     const auto take = [&](int turn, X(&part)[1]) {
       float c[2][1][4];
@@ -263,6 +307,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
     float sum = 0.f;  // of gate in the lower lanes and of up in the upper ones; a warp has a column
 #pragma unroll
     for (int j = 0; j < kWarps; ++j) sum += sums[(j * kColumns + warp) * K::kSumPitch + lane];
+    if constexpr (K::kFp4) sum *= factor_of_sum;
     const float up = __shfl_xor_sync(0xffffffffu, sum, kTile);
     if (lane < kTile && warp < tokens) {
       const int column = tile * kTile + lane / 8 * 8 + ordered(lane % 8);
@@ -306,7 +351,7 @@ __global__ void __launch_bounds__(kMostDownWarps * 32)
   float* const own = sums + warp * r.tokens * kTile;
   for (int i = lane; i < r.tokens * kTile; i += 32) own[i] = 0.f;
   __syncwarp();
-  // own += factor * c: the lane's rows of column 2 * quarter and the next, for the tokens that these are
+  // own += factor * c: the lane's rows of column 2 * quarter and the next, for the tokens that these are.
   const auto add_columns = [&](const float (&c)[4], auto token_of, auto factor_of) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -321,13 +366,18 @@ __global__ void __launch_bounds__(kMostDownWarps * 32)
     float c[4] = {};
     const int64_t token = min(eight + row, r.tokens - 1);
     for (int column = warp * 32 + quarter * 8; column < shared.columns; column += warps * 32) {
-      const bf16* const at = shared.w + int64_t(first + row) * shared.columns + column;
-      const uint4 a = *reinterpret_cast<const uint4*>(at);
-      const uint4 b = *reinterpret_cast<const uint4*>(at + 8 * shared.columns);
+      const int64_t at = int64_t(first + row) * shared.columns + column;
       const uint4 v = __ldcg(reinterpret_cast<const uint4*>(shared.x + token * shared.columns + column));
-      mma<bf16>(c, a.x, b.x, a.y, b.y, v.x, v.y);
-      mma<bf16>(c, a.z, b.z, a.w, b.w, v.z, v.w);
+      if (K::kFp4 && shared.scale != nullptr) {
+        multiply_fp4(c, reinterpret_cast<const unsigned char*>(shared.w), shared.scale, at, 8 * shared.columns, v);
+      } else {
+        const uint4 a = *reinterpret_cast<const uint4*>(shared.w + at);
+        const uint4 b = *reinterpret_cast<const uint4*>(shared.w + at + 8 * shared.columns);
+        mma<bf16>(c, a.x, b.x, a.y, b.y, v.x, v.y);
+        mma<bf16>(c, a.z, b.z, a.w, b.w, v.z, v.w);
+      }
     }
+    if (K::kFp4 && shared.scale != nullptr) RowFactors(shared.row_scale, first + row).multiply(c);
     add_columns(
         c, [&](int j) { return eight + j < r.tokens ? eight + j : -1; },
         [&](int j) { return sigmoid(__ldcg(r.logits + int64_t(eight + j) * r.row + r.experts)); });
@@ -348,7 +398,9 @@ __global__ void __launch_bounds__(kMostDownWarps * 32)
 #pragma unroll 1
   for (int list = warp; list < lists.count; list += warps) {
     const bf16* const then = list + warps < lists.count ? x_of(list + warps) : from;
-    const ScaleRows<K> scale_rows = fetcher.scale_rows(int64_t(lists.expert[list]) * w.rows + first);
+    const int64_t begin = int64_t(lists.expert[list]) * w.rows + first;
+    const ScaleRows<K> scale_rows = fetcher.scale_rows(begin);
+    const RowFactors factors(K::kFp4 ? w.row_scale : nullptr, begin + row);
     float acc[1][1][4] = {};
 #pragma unroll 1
     for (int turn = 0; turn < chunks; ++turn) {
@@ -369,6 +421,7 @@ __global__ void __launch_bounds__(kMostDownWarps * 32)
       }
       ring.leave();
     }
+    if constexpr (K::kFp4) factors.multiply(acc[0][0]);
     // Another lane may have had the token before: they have met since, to wait for a chunk.
     const int columns = lists.tokens[list];
     add_columns(
@@ -393,20 +446,22 @@ template <int kTall, typename Run>
 void with_kind(const Stack& w, int experts, Run run) {
   using std::integral_constant;
   const bool zero = w.zero != nullptr, narrow = w.row_bytes == w.groups * 16;
-  const auto of = [&](auto has_zero, auto share, auto keep) {
-    using K = Kind<Format::kInt4, Scaling::kShort, has_zero(), share(), 1, kTall, keep()>;
+  const auto of = [&](auto form, auto has_zero, auto share, auto keep) {
+    using K = Kind<form(), Scaling::kShort, has_zero(), share(), 1, kTall, keep()>;
     experts <= 256 ? run(K(), integral_constant<int, 8>()) : run(K(), integral_constant<int, 16>());
   };
-  const auto with = [&](auto has_zero, auto share) {
+  const auto with = [&](auto form, auto has_zero, auto share) {
     if constexpr (kTall == 2) {
-      if (w.row_bytes <= 2 * kWarps * kChunk) return of(has_zero, share, integral_constant<int, 2>());
+      if (w.row_bytes <= 2 * kWarps * kChunk) return of(form, has_zero, share, integral_constant<int, 2>());
     }
-    of(has_zero, share, integral_constant<int, 0>());
+    of(form, has_zero, share, integral_constant<int, 0>());
   };
-  const auto shared = [&](auto has_zero) {
-    narrow ? with(has_zero, integral_constant<int, 1>()) : with(has_zero, integral_constant<int, 4>());
+  const auto of_int4 = [&](auto has_zero) {
+    constexpr integral_constant<Format, Format::kInt4> int4{};
+    narrow ? with(int4, has_zero, integral_constant<int, 1>()) : with(int4, has_zero, integral_constant<int, 4>());
   };
-  zero ? shared(std::true_type()) : shared(std::false_type());
+  if (w.floats) return with(integral_constant<Format, Format::kFp4>(), std::false_type(), integral_constant<int, 1>());
+  zero ? of_int4(std::true_type()) : of_int4(std::false_type());
 }
 
 // Bytes of shared memory.
