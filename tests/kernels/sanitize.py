@@ -3,10 +3,12 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.kernels.sanitize
     compute-sanitizer --tool racecheck --error-exitcode 1 python -m tests.kernels.sanitize
 
-Without torch's allocator every tensor is an allocation of its own, so that a step past its end is seen.
+Followed by names of stages (see `main`) it launches these alone. Without torch's allocator every tensor is an allocation of its own, so
+that a step past its end is seen.
 """
 
 import itertools
+import sys
 
 import torch
 
@@ -105,6 +107,7 @@ def projections(csrc: bool) -> None:
         skinny_gemm_cuda(x, weight)
         skinny_gemm_cuda(Unnormed(x, norm, 1e-6, True), weight)
         skinny_gemm_add_cuda(x, weight, torch.randn(rows, 1100, device="cuda").bfloat16())
+        skinny_gemm_cuda(x, torch.randn(4400, columns, device="cuda").bfloat16())  # fills its few stages several times
     for form in QUANTISED:
         skinny_gemm_cuda(torch.randn(9, 2048, device="cuda").bfloat16(), quantised(form, 45, 2048))
     for form, rows in itertools.product([form for form in QUANTISED if form != "fp8 128"], (1, 9, 20)):
@@ -135,8 +138,14 @@ def many_rows() -> None:
 def main() -> None:
     torch.manual_seed(0)
     csrc = _custom_ops.available("cuda")
-    for stage in (lambda: decode(csrc), prefill, lambda: projections(csrc), many_rows):
-        stage()
+    stages = {
+        "decode": lambda: decode(csrc),
+        "prefill": prefill,
+        "projections": lambda: projections(csrc),
+        "many_rows": many_rows,
+    }
+    for name in sys.argv[1:] or stages:
+        stages[name]()
         torch.cuda.synchronize()
     print("all kernels launched" if csrc else "all kernels launched but csrc's, which is not built")
 

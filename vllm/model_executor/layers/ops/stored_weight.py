@@ -115,8 +115,10 @@ def element(w, i: tl.constexpr, KIND: tl.constexpr):
         q = _mask_or(bits, 0x007F8000, 0x43800000).to(tl.float32, bitcast=True)
     elif KIND == "fp4":
         # e2m1's exponent and mantissa are the lowest of a float32's, but for the bias
-        nibble = w.to(tl.int32) >> (4 * i)
-        q = (((nibble & 7) << 22) | ((nibble & 8) << 28)).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+        bits = w.to(tl.int32)
+        low = bits << (22 - 4 * i) if i < 6 else bits >> (4 * i - 22)
+        q = ((bits << (28 - 4 * i)) & -0x80000000) | (low & 0x01C00000)
+        q = q.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
     elif KIND == "fp8":
         q = w.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
