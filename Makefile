@@ -27,7 +27,7 @@ serve: $(VENV)/.run ## serve MODEL (default: the tiny one in the repository) at 
 	$(BIN)/vllm serve $(MODEL) --reasoning-parser qwen3 --tool-call-parser qwen3_coder --enable-auto-tool-choice
 
 test: $(VENV)/.test $(CLIENTS)/.done lint ## everything that needs no GPU; this is what CI runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=15 -m "not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=15 -m "not gpu"
 
 test-gpu: $(VENV)/.test csrc ## the tests that need a CUDA device
 	$(BIN)/python -m pytest --durations=15 -m gpu

@@ -5,11 +5,14 @@ import os
 import tempfile
 from pathlib import Path
 
-# Before anything imports huggingface_hub, which reads it once.
+# Before anything imports huggingface_hub or torch, which read them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What earlier runs have left must not decide anything.
 _caches = tempfile.TemporaryDirectory(prefix="vllm-test-caches-")
 os.environ["VLLM_CACHE_ROOT"] = _caches.name
+# Processes of xdist share the cores: threads that wait for each other's cores take many times as long.
+if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(processes))))
 
 import pytest
 import torch
