@@ -182,12 +182,13 @@ struct RowFactors {
   __device__ void multiply(float (&c)[4]) const { c[0] *= upper, c[1] *= upper, c[2] *= lower, c[3] *= lower; }
 };
 
-// c += eight columns a lane of fp4 w times v: from element `at` on, and `below` elements further.
+// c += eight columns a lane of fp4 w times v: from element `at` on, and `below` elements further. K: of fp4.
+template <typename K>
 __device__ inline void multiply_fp4(float (&c)[4], const unsigned char* w, const unsigned char* scale, int64_t at,
                                     int below, const uint4& v) {
-  const unsigned x[4] = {__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632), __byte_perm(v.y, v.w, 0x5410),
-                         __byte_perm(v.y, v.w, 0x7632)};
-  unsigned a[2][4];
+  const unsigned words[4] = {v.x, v.y, v.z, v.w};
+  unsigned x[4], a[2][4];
+  in_order<K>(x, words);
 #pragma unroll
   for (int half = 0; half < 2; ++half, at += below) {
     const unsigned word = *reinterpret_cast<const unsigned*>(w + at / 2);
@@ -369,7 +370,7 @@ __global__ void __launch_bounds__(kMostDownWarps * 32)
       const int64_t at = int64_t(first + row) * shared.columns + column;
       const uint4 v = __ldcg(reinterpret_cast<const uint4*>(shared.x + token * shared.columns + column));
       if (K::kFp4 && shared.scale != nullptr) {
-        multiply_fp4(c, reinterpret_cast<const unsigned char*>(shared.w), shared.scale, at, 8 * shared.columns, v);
+        multiply_fp4<K>(c, reinterpret_cast<const unsigned char*>(shared.w), shared.scale, at, 8 * shared.columns, v);
       } else {
         const uint4 a = *reinterpret_cast<const uint4*>(shared.w + at);
         const uint4 b = *reinterpret_cast<const uint4*>(shared.w + at + 8 * shared.columns);

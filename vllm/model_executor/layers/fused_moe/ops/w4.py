@@ -48,15 +48,15 @@ def most_lists(tokens: int, num_experts: int, top_k: int) -> int:
     return min(choices, (choices + num_experts * (TOGETHER - 1)) // TOGETHER)
 
 
-def shared_bytes(tokens: int, lists: int, stages: int, warps: int, zeros: tuple[int, int], rows: int) -> int:
+def shared_bytes(tokens: int, lists: int, stages: int, warps: int, slots: tuple[int, int], rows: int) -> int:
     """Bytes of shared memory of `gate_up`, which has tiles of 32 `rows`, or of `down`, which has 16.
 
     Args:
-        zeros: bytes that a row's scales and its zero points take in a stage.
+        slots: bytes that a row's scales and its zero points take in a stage.
     """
     sums = 2 * 8 * 8 * 36 * 4 if rows == 32 else warps * tokens * 64
     own = lists * (11 if rows == 32 else 43)
-    return sums + -(-own // 128) * 128 + warps * stages * rows * (80 + sum(zeros))
+    return sums + -(-own // 128) * 128 + warps * stages * rows * (80 + sum(slots))
 
 
 @lru_cache(maxsize=4096)
