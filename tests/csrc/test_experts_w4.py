@@ -9,7 +9,10 @@ import torch
 
 from tests.csrc.emulated.library import aligned, load, pointer
 from tests.kernels.experts import layer
+from tools.tiny_formats import nvfp4, packed
 from vllm import _custom_ops as ops
+from vllm.config.quantization import parse_quantization
+from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 from vllm.model_executor.layers.fused_moe.ops import w4
 from vllm.model_executor.layers.fused_moe.ops.few_tokens import moe_few_tokens_torch
 from vllm.model_executor.layers.fused_moe.ops.front import front_torch
@@ -26,8 +29,10 @@ from vllm.model_executor.layers.fused_moe.ops.w4 import (
     w4_tokens,
 )
 from vllm.model_executor.layers.fused_moe.ops.weights import PLANES, MoEWeights
+from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.ops.rms_norm import Unnormed
 from vllm.model_executor.layers.quantization.base import KernelWeight
+from vllm.model_executor.layers.quantization.plan import ConfigPlan
 
 FORMS = ("int4", "int4 zero", "int4 128", "fp4 nv")
 H200, RTX = 232448, 101376
@@ -284,3 +289,17 @@ def test_python_knows_what_the_kernels_take(form, T, E, top_k):
         assert found[0] == shared_bytes(T, lists, stages, 8, slots, 32)
         assert found[1] == shared_bytes(T, lists, stages, warps, slots, 16)
         assert found[2] == lists
+
+
+@pytest.mark.parametrize("form", [packed(4, 32, True), packed(4, 128, False), nvfp4()], ids=["g32", "g128 zero", "fp4"])
+def test_layers_of_published_formats_are_read(form):
+    """As they are stored once they are loaded; fp4's shared expert too."""
+    plan = ConfigPlan(parse_quantization(form.config([]), "a test"), torch.bfloat16)
+    experts = FusedMoE(4, 2, 256, 128, prefix="m.experts", plan=plan)
+    shared = ReplicatedLinear(128, 256, prefix="m.shared", plan=plan)
+    for part in (experts, shared):
+        part.fill_dummy(torch.Generator().manual_seed(0))
+        part.process_weights_after_loading()
+    w13, w2 = (getattr(experts, f"scheme{i}").kernel_weight(experts, f"w{i}_") for i in (13, 2))
+    assert reads(w13, 32) and reads(w2, 16)
+    assert reads_shared(shared.scheme.kernel_weight(shared), w2) == (w2.kind == "fp4")
