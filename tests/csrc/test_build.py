@@ -42,6 +42,13 @@ def library(tmp_path_factory) -> Path:
     return build / "vllm_c.so"
 
 
+def test_one_process_has_all_of_these(request):
+    """Versions of pytest and xdist that do not fit lose the group without a word."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("not a process of --dist loadgroup")
+    assert request.node.nodeid.endswith("@csrc")
+
+
 def test_has_code_for_each_architecture(library):
     tool = cuobjdump()
     if tool is None:
