@@ -48,8 +48,8 @@ class Endpoint:
 class Reader:
     """Turns one stream's events into a record.
 
-    A chat's first event names a role and brings no token, and a last one may name only a reason; they are not counted. A token of a
-    completion counts even where it has no text yet (half a letter), because the server has made it.
+    A chat's first event names a role and brings no token, and a last one may name only a reason; they are not counted. A token
+    counts even where it has no text yet (half a letter), because the server has made it.
     """
 
     def __init__(self, record: Record, chat: bool) -> None:
@@ -77,7 +77,8 @@ class Reader:
             return text, bool(text) or choice.get("finish_reason") is None
         delta = choice.get("delta") or {}
         text = (delta.get("reasoning") or delta.get("reasoning_content") or "") + (delta.get("content") or "")
-        return text, bool(text or delta.get("tool_calls"))
+        silent = delta.get("content") == "" and "role" not in delta and choice.get("finish_reason") is None
+        return text, bool(text or delta.get("tool_calls") or silent)
 
 
 def arrival_times(count: int, rate: float, burstiness: float, seed: int = 0) -> list[float]:

@@ -208,9 +208,15 @@ class _Answer:
         if self._request.return_token_ids:
             choice.token_ids += completion.token_ids
         finish_reason = _finish_reason(choice, completion)
-        if not delta and finish_reason is None:
+        # Without a parser that may be waiting for more, a token without text (half a letter) tells a reader when it came.
+        silent = not delta and finish_reason is None
+        if silent and (choice.parser is not None or not completion.token_ids):
             return None
-        chunk: dict[str, Any] = {"index": choice.index, "delta": _delta(delta), "logprobs": None}
+        chunk: dict[str, Any] = {
+            "index": choice.index,
+            "delta": {"content": ""} if silent else _delta(delta),
+            "logprobs": None,
+        }
         if choice.logprobs:
             chunk["logprobs"] = self._logprobs(choice.logprobs)
             choice.logprobs = []
