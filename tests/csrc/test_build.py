@@ -42,11 +42,21 @@ def library(tmp_path_factory) -> Path:
     return build / "vllm_c.so"
 
 
-def test_one_process_has_all_of_these(request):
-    """Versions of pytest and xdist that do not fit lose the group without a word."""
-    if not getattr(request.config.option, "loadgroup", False):
-        pytest.skip("not a process of --dist loadgroup")
-    assert request.node.nodeid.endswith("@csrc")
+def test_a_group_stays_in_one_process(tmp_path):
+    """Versions of pytest and xdist that do not fit lose groups without a word."""
+    (tmp_path / "test_group.py").write_text("""
+import os, pathlib, pytest
+
+@pytest.mark.xdist_group("together")
+@pytest.mark.parametrize("number", range(12))
+def test_where(number):
+    pathlib.Path(__file__).with_name(f"{os.environ['PYTEST_XDIST_WORKER']}.seen").touch()
+""")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", "-p", "no:cacheprovider"]
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, env=outside)
+    assert "12 passed" in done.stdout, done.stdout + done.stderr
+    assert len(list(tmp_path.glob("*.seen"))) == 1
 
 
 def test_has_code_for_each_architecture(library):

@@ -45,12 +45,12 @@ def many(form: str) -> None:
 
 def w4(form: str) -> None:
     """csrc's kernels, with a shared expert in 16 bits or, beside fp4, in fp4, and without."""
-    for T, (columns, shared) in itertools.product((1, 3, 40), ((S, "plain"), (S, form), (0, ""))):
-        if shared in ("", "plain", "fp4 nv"):
-            x = torch.randn(T, D, device="cuda").bfloat16()
-            weights = layer(E, D, I, columns, form, x.dtype, "cuda", shared)
-            moe_w4_cuda(x, weights, TOP_K)
-            moe_w4_cuda(x, weights, TOP_K, x)
+    experts = [(S, "plain"), (0, "plain")] + [(S, form)] * (form == "fp4 nv")
+    for T, (columns, shared) in itertools.product((1, 3, 40), experts):
+        x = torch.randn(T, D, device="cuda").bfloat16()
+        weights = layer(E, D, I, columns, form, x.dtype, "cuda", shared)
+        moe_w4_cuda(x, weights, TOP_K)
+        moe_w4_cuda(x, weights, TOP_K, x)
 
 
 def many_with_fp8_inputs() -> None:
