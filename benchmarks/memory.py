@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py --model preset:qwen3.5-35b-a3b --output-len 64 --out benchmarks/results/memory_35b.json
 
-Exits with 1 where weights, workspace or total exceed the plan.
+Exits with 1 where weights, workspace or total exceed the plan, or where more than 1 GiB of the GPU is in use beside weights and pools, CUDA's
+own context with it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import triton
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.plan import make_plan
-from vllm.v1.core.memory_plan import RUNTIME_RESERVE, format_bytes
+from vllm.v1.core.memory_plan import RUNTIME_RESERVE, GiB, format_bytes
 
 
 def git_hash() -> str:
@@ -33,7 +34,7 @@ def main() -> int:
     parser.add_argument("--model", default="preset:qwen3.5-35b-a3b")
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--num-seqs", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--num-seqs", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--max-model-len", type=int, default=32768)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--git", default=git_hash(), help="revision to note where the folder is not a git checkout")
@@ -75,17 +76,19 @@ def main() -> int:
         "weights": weights,
         "pools": pools,
         "workspace": torch.cuda.max_memory_reserved() - weights - pools,
+        "beside_weights_and_pools": total - free - weights - pools,
         "used_on_device": total - free,
     }
     planned = {
         "weights": plan.weight_total,
         "workspace": plan.workspace + RUNTIME_RESERVE,
+        "beside_weights_and_pools": GiB,
         "used_on_device": int(total * args.gpu_memory_utilization),
     }
     within = {name: measured[name] <= limit for name, limit in planned.items()}
     for name, limit in planned.items():
         verdict = "within" if within[name] else "MORE THAN"
-        print(f"{name:15s} {format_bytes(measured[name]):>10s} measured, {verdict} {format_bytes(limit)} planned")
+        print(f"{name:25s} {format_bytes(measured[name]):>10s} measured, {verdict} {format_bytes(limit)} planned")
     if args.out:
         result = {
             "gpu": torch.cuda.get_device_name(0),

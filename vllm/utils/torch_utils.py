@@ -1,4 +1,4 @@
-"""What torch is asked for in one place: custom ops, names of layers inside them, the auxiliary stream.
+"""What torch is asked for in one place: custom ops, names of layers inside them, the auxiliary stream, tensors that stay.
 
 A custom op is opaque to torch.compile, so a layer's op must find its layer by an argument. A plain string is baked into the compiled
 graph as a constant, and every layer gets a graph, and a compilation, of its own. `LayerName` is registered with torch as an opaque
@@ -9,12 +9,14 @@ import itertools
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from vllm import envs
 from vllm.logger import init_logger
+from vllm.utils.cuda_context import new_stream
 
 logger = init_logger(__name__)
 
@@ -137,5 +139,20 @@ def aux_stream() -> torch.cuda.Stream | None:
     current = torch.cuda.current_stream()
     key = (current.device_index, current.cuda_stream)
     if key not in _aux_streams:
-        _aux_streams[key] = torch.cuda.Stream(current.device)
+        _aux_streams[key] = new_stream()
     return _aux_streams[key]
+
+
+def kept(make: Callable[[torch.device], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """make(device), a tensor for as long as the process lives: not in the memory pool that this thread's tensors may be going to
+    (`GraphCache.memory`), whose places change hands."""
+    if device.type != "cuda":
+        return make(device)
+    stream = torch.cuda.current_stream(device)
+
+    def elsewhere() -> torch.Tensor:
+        with torch.cuda.stream(stream):
+            return make(device)
+
+    with ThreadPoolExecutor(1) as other:  # pools are a thread's own
+        return other.submit(elsewhere).result()

@@ -49,7 +49,7 @@ def test_ceiling_by_hand():
     weights = sum(plan.make_plan(config, 32 * GiB).weights.values())
     for seqs in (1, 8, 32):
         left = int(32 * GiB * 0.9) - weights - RUNTIME_RESERVE
-        limits = {"max_num_batched_tokens": 4096, "graph_tokens": 2048, "max_num_seqs": seqs}
+        limits = {"max_num_batched_tokens": 4096, "max_num_seqs": seqs}
         left -= workspace_bytes(config.hf_config.text, **limits, quant=config.quant_scheme)
         left -= (seqs + 1) * 64_389_120 + 16 * 20_480
         assert plan.ceiling(config, 32 * GiB, 0.9, seqs) == min(left // (16 * 20_480) // seqs * 16, 262144)
@@ -58,7 +58,7 @@ def test_ceiling_by_hand():
 def test_what_does_not_fit_is_said(capsys):
     assert "leave nothing of 16.0 GiB x 0.9" in run(capsys, MODEL, "--gpu-memory", "16")
     out = run(capsys, MODEL, "--gpu-memory", "32", "--max-num-seqs", "64")
-    assert "82,624 tokens would fit: --max-model-len 82624" in out
+    assert "106,416 tokens would fit: --max-model-len 106416" in out
 
 
 def test_the_gpu_that_is_there(capsys, monkeypatch):

@@ -193,8 +193,6 @@ def test_workspace_grows_with_the_step():
     assert (
         many - workspace_bytes(TEXT, max_num_batched_tokens=4096, max_num_seqs=1) == 63 * 32 * 128 * 128 * 2
     )  # a state each
-    graphs = workspace_bytes(TEXT, max_num_batched_tokens=1024, graph_tokens=512, max_num_seqs=1)
-    assert graphs == workspace_bytes(TEXT, max_num_batched_tokens=1024, max_num_seqs=1) + small
     logits = 256 * 248320 * 2 + 16 * EDITED_LOGITS
     assert 0 <= workspace_bytes(TEXT, max_num_batched_tokens=1, max_num_seqs=256) - logits < 1 << 20
     few = workspace_bytes(TEXT, max_num_batched_tokens=1, max_num_seqs=4)

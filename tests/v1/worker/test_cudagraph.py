@@ -1,6 +1,7 @@
 """Which batch sizes get a CUDA graph, and that graphs change no answer."""
 
 import contextlib
+import gc
 import random
 from functools import partial
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ from tests.v1.worker.static_prompts import ByHand, poisoned_pools, recorded_logi
 from vllm import LLM, SamplingParams
 from vllm.benchmarks.tiny_tasks import generate
 from vllm.config.compilation import PROMPT_SIZES, prompt_sizes
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.utils.torch_utils import kept
 from vllm.v1.worker.cudagraph import GraphCache, capture_order, capture_sizes, padded_size
 from vllm.v1.worker.model_runner import ModelRunner
 
@@ -80,6 +83,59 @@ def test_a_graph_does_again_what_was_recorded():
     graphs.replay("add")
     graphs.replay("add")
     assert y.tolist() == [4.0] * 4
+
+
+@pytest.mark.gpu
+def test_other_work_uses_the_memory_of_graphs_between_them():
+    device, numbers = torch.device("cuda", 0), torch.arange(1 << 20, dtype=torch.float32, device="cuda")
+    graphs, total = GraphCache(device), torch.zeros(1, device=device)
+    double_and_add = lambda: total.copy_((2 * numbers).sum())
+    with graphs.memory():
+        double_and_add()
+    graphs.capture("add", double_and_add)
+    expected, size = float((2 * numbers).sum()), _memory_of(graphs)[0]
+    assert size >= numbers.nbytes
+    for _ in range(3):
+        with graphs.memory():
+            ones = torch.ones_like(numbers)  # where the graph has doubled numbers
+            lasting = kept(lambda device: torch.ones(1 << 18, device=device), device)
+            sum_of_ones = ones.sum()
+            assert _memory_of(graphs)[1] >= ones.nbytes
+        assert float(sum_of_ones) == 1 << 20
+        del ones, sum_of_ones
+        graphs.replay("add")
+        assert float(total) == expected and lasting.all()
+    assert _memory_of(graphs) == (size, 0)
+
+
+def _memory_of(graphs: GraphCache) -> tuple[int, int]:
+    """Bytes held for graphs, and those of tensors that live there."""
+    segments = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == graphs.pool_id]
+    return sum(s["total_size"] for s in segments), sum(s["active_size"] for s in segments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decode", ["auto", "fused"])
+def test_steps_that_are_no_graphs_leave_nothing_in_the_memory_of_graphs(tiny_model, decode):
+    """What stays there would be overwritten by the next graph."""
+    options = {"max_model_len": 512, "max_num_seqs": 12, "max_num_batched_tokens": 512, "seed": 0}
+    llm = LLM(str(tiny_model), use_tqdm_on_load=False, gdn_decode=decode, **options)
+    kinds = [
+        {"prompt_logprobs": 3},
+        {"logprobs": 2, "frequency_penalty": 0.01, "repetition_penalty": 1.1, "min_tokens": 3},
+        {"temperature": 0.9, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "seed": 3},
+        {"temperature": 0.7, "top_k": 1030, "seed": 4},
+        {"logit_bias": {5: 1.0}, "bad_words": ["the"]},
+        {"allowed_token_ids": list(range(50, 90))},
+        {"structured_outputs": StructuredOutputsParams(choice=["yes", "no"])},
+    ]
+    params = [SamplingParams(**{"temperature": 0.0, "max_tokens": 6 + i} | kinds[i % len(kinds)]) for i in range(30)]
+    prompts = [[(17 * i + 3 * j) % 500 + 20 for j in range(5 + 97 * i % 480)] for i in range(30)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert len(outputs) == 30
+    gc.collect()
+    size, live = _memory_of(llm.llm_engine.core.worker.runner.graphs)
+    assert size > 0 and live == 0
 
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)

@@ -62,7 +62,6 @@ def make_plan(config: VllmConfig, memory: int, utilization: float | None = None,
         max_model_len=model.max_model_len,
         max_num_seqs=seqs,
         max_num_batched_tokens=max(scheduler.max_num_batched_tokens, seqs),
-        graph_tokens=max(config.prompt_sizes, default=0),
         block_size=cache.block_size,
         dtype=model.dtype,
         **_state_dtypes(config),
@@ -104,7 +103,6 @@ def model_table(config: VllmConfig) -> str:
     workspace = memory_plan.workspace_bytes(
         text,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
-        graph_tokens=max(config.prompt_sizes, default=0),
         max_num_seqs=scheduler.max_num_seqs,
         dtype=model.dtype,
         quant=config.quant_scheme,
@@ -154,7 +152,6 @@ def as_json(config: VllmConfig, memory: int | None) -> dict[str, Any]:
         "workspace_bytes": memory_plan.workspace_bytes(
             text,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
-            graph_tokens=max(config.prompt_sizes, default=0),
             max_num_seqs=scheduler.max_num_seqs,
             dtype=config.model_config.dtype,
             quant=config.quant_scheme,

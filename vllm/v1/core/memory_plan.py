@@ -23,7 +23,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1}
 GROWTH_BYTES = 384 << 20
 """Kept back on a GPU for what comes after the pools: graphs of sampling that no measured step needed, and what the driver rounds up."""
 
-RUNTIME_RESERVE = (768 << 20) + GROWTH_BYTES
+RUNTIME_RESERVE = (640 << 20) + GROWTH_BYTES
 """An allowance for CUDA's context, loaded kernels and cuBLAS workspaces, and what is kept back; not a measurement."""
 
 _MORE = "raise --gpu-memory-utilization (on a CPU --kv-cache-memory-bytes)"
@@ -246,50 +246,38 @@ def workspace_bytes(
     text: TextConfig,
     *,
     max_num_batched_tokens: int = 4096,
-    graph_tokens: int = 0,
     max_num_seqs: int = 256,
     dtype: str = "bfloat16",
     quant: QuantConfig | None = None,
 ) -> int:
     """The most that activations take during one step, somewhat pessimistic; the engine measures it where there is a GPU.
 
-    Steps that are CUDA graphs keep memory of their own, as much as the largest of them takes: a prompt of `graph_tokens`, if there are any.
-    """
-    step = functools.partial(_step_bytes, text, num_seqs=max_num_seqs, dtype=dtype, quant=quant)
-    graphs = step(graph_tokens, num_prompts=1) if graph_tokens else 0
-    return graphs + step(max_num_batched_tokens, num_prompts=max_num_seqs)
-
-
-def _step_bytes(
-    text: TextConfig, tokens: int, *, num_prompts: int, num_seqs: int, dtype: str, quant: QuantConfig | None
-) -> int:
-    """What T tokens of S prompts need, and the choice of a token for `num_seqs` sequences.
-
-    T tokens run through one part of one layer at a time, so beside the residual the largest part counts:
+    T tokens of S prompts run through one part of one layer at a time, with or without a CUDA graph in the same memory, so beside the residual
+    the largest part counts:
 
         residual     4 T D                     hidden state, residual, normed input, the part's output
         GDN          T (2 conv_dim + 3 Hv V)   projected, convolved, and z, delta-rule output, gated output
-                     T Hv (K + V)              the chunks' products w and u
-                     (T / 64 + S) Hv V K       one recurrent matrix a chunk; at the most T chunks, in a graph those of one prompt
+                     T Hv K                    the chunks' product w
+                     (T / 64 + S) Hv V K       one recurrent matrix a chunk; at the most T chunks
         attention    T (3 H + 2 Hkv) 256       query, gate, output, keys, values
         MoE          T k (3 I + D)             gate, up, their product, down, for each of the k chosen experts
                      T E 12                    router logits and probabilities in fp32, sort keys
         dense        T 3 I
-        logits       num_seqs vocab            and 16 bytes each of 2^24 of them, which are edited at once
+        logits       S vocab                   and 16 bytes each of 2^24 of them, which are edited at once
         weight       N K                       a quantised weight, dequantised for many tokens
     """
-    size = DTYPE_BYTES[dtype]
+    tokens, size = max_num_batched_tokens, DTYPE_BYTES[dtype]
     heads, key, value = text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim
     residual = 4 * tokens * text.hidden_size * size
-    gdn = tokens * (2 * text.conv_dim + 3 * text.value_dim + heads * (key + value)) * size
-    chunks = min(tokens, -(-tokens // CHUNK) + num_prompts - 1)
+    gdn = tokens * (2 * text.conv_dim + 3 * text.value_dim + heads * key) * size
+    chunks = min(tokens, -(-tokens // CHUNK) + max_num_seqs - 1)
     gdn += chunks * heads * value * key * size
     attention = tokens * (3 * text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim * size
     experts = tokens * text.num_experts_per_tok * (3 * text.moe_intermediate_size + text.hidden_size) * size
     experts += tokens * text.num_experts * 12 + 3 * tokens * text.shared_expert_intermediate_size * size
     dense = 0 if all(text.sparse_layers) else 3 * tokens * text.intermediate_size * size
-    edited = min(num_seqs * text.vocab_size, EDITED_LOGITS)
-    logits = num_seqs * text.vocab_size * size + 16 * edited
+    edited = min(max_num_seqs * text.vocab_size, EDITED_LOGITS)
+    logits = max_num_seqs * text.vocab_size * size + 16 * edited
     return residual + max(gdn, attention, experts, dense, logits) + _largest_quantised(text, quant) * size
 
 
@@ -351,7 +339,6 @@ def plan(
     max_model_len: int,
     max_num_seqs: int,
     max_num_batched_tokens: int = 4096,
-    graph_tokens: int = 0,
     block_size: int = 16,
     dtype: str = "bfloat16",
     kv_dtype: str = "bfloat16",
@@ -366,7 +353,6 @@ def plan(
     workspace = workspace_bytes(
         text,
         max_num_batched_tokens=max_num_batched_tokens,
-        graph_tokens=graph_tokens,
         max_num_seqs=max_num_seqs,
         dtype=dtype,
         quant=quant,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import torch
+
+from vllm.utils.cuda_context import new_stream
 
 EARLY = 8
 """Batch sizes up to which graphs are captured at the start."""
@@ -52,14 +56,19 @@ class GraphCache:
 
     def __init__(self, device: torch.device) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.MemPool()
+        self._stream = _capture_stream(device)
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._graphs
+
+    @property
+    def pool_id(self) -> tuple[int, int]:
+        """Of the memory pool, as in `torch.cuda.memory_snapshot()`."""
+        return self._pool.id
 
     def replay(self, key: Hashable) -> None:
         """Queue the graph captured under `key`."""
@@ -72,13 +81,41 @@ class GraphCache:
         outlive the graph.
         """
         graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        with self._on_stream():
             # Other threads go on using CUDA: the copies of a tokenizer's or a client's thread are none of this graph's business.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=self.pool_id, capture_error_mode="thread_local")
             try:
                 run()
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
         self._graphs[key] = graph
+
+    @contextmanager
+    def memory(self) -> Iterator[None]:
+        """Inside, what is launched kernel by kernel uses the graphs' memory, and their stream, since memory belongs to one.
+
+        What is made inside must be read, in the order of the streams, before the next graph, which writes to the same places. Tensors that
+        are to last are made by `torch_utils.kept`.
+        """
+        with self._on_stream(), torch.cuda.use_mem_pool(self._pool):
+            yield
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs of a process, so that cuBLAS has one workspace for it, which lies in no graph's memory."""
+    with torch.cuda.device(device):
+        stream = new_stream()
+        with torch.cuda.stream(stream):
+            torch.cuda.current_blas_handle()
+    return stream

@@ -11,6 +11,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import load_model
+from vllm.utils.cuda_context import make_small_context
 from vllm.v1.core.memory_plan import GROWTH_BYTES, MemoryPlanError, PoolSizes, format_bytes, plan_pools, weight_bytes
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.model_runner import MakeMasks, ModelRunner
@@ -39,6 +40,7 @@ class Worker:
         if self.device.type == "cuda":
             _let_segments_grow()
             self.device = torch.device("cuda", torch.cuda.current_device())
+            make_small_context()
             self._free_at_start, self._total = torch.cuda.mem_get_info()
 
     def initialise(self) -> PoolSizes:

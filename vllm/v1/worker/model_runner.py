@@ -8,6 +8,7 @@ prompt (`PromptBatch`), if it is not too long. A step that would take more than 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import islice
 
@@ -103,7 +104,9 @@ class ModelRunner:
         sizes = [self._prompt_size(sequences[request_id], n) for request_id, n in prompts.items()]
         parts = bool(decoding) + len(prompts)
         if None in sizes or (prompts and (parts > MOST_PARTS or sum(sizes) > MOST_PARTS_TOKENS)):
-            self._compute_chunks(self.batch.build_step(scheduled), output, make_masks)
+            step = self.batch.build_step(scheduled)
+            with self._graph_memory():
+                self._compute_chunks(step, output, make_masks)
             return output
         masks = make_masks and cache(make_masks)
         if decoding:
@@ -125,7 +128,8 @@ class ModelRunner:
         size = padded_size(self._graph_sizes, n)
         self.decode.select([sequence.row for sequence in sequences], size or n)
         if size is None:
-            hidden = self.decode.forward(self.model, n, [s.num_computed_tokens + 1 for s in sequences])
+            with self._graph_memory():
+                hidden = self.decode.forward(self.model, n, [s.num_computed_tokens + 1 for s in sequences])
         else:
             self._replay(self.decode, self._key("forward", size), lambda: self._graph_forward(size))
             hidden = self._hidden[:n]
@@ -155,11 +159,16 @@ class ModelRunner:
             packed, num_logprobs = self._sampled[:n, None], [None] * n
         else:
             rows = self.decode.rows[:n]
-            sampled = self.sampler(self.model.compute_logits(hidden), state, rows, masks)
-            state.note(rows, sampled.token_ids)
-            commit_tokens(rows, sampled.token_ids, self.batch.tables)
-            packed, num_logprobs = sampled.packed(), [state.num_logprobs.get(s.row) for s in sequences]
+            with self._graph_memory():
+                sampled = self.sampler(self.model.compute_logits(hidden), state, rows, masks)
+                state.note(rows, sampled.token_ids)
+                commit_tokens(rows, sampled.token_ids, self.batch.tables)
+                packed, num_logprobs = sampled.packed(), [state.num_logprobs.get(s.row) for s in sequences]
         output.add_sampled(request_ids, packed, num_logprobs)
+
+    def _graph_memory(self) -> AbstractContextManager:
+        """For what is launched kernel by kernel: between two graphs it may use their memory (`GraphCache.memory`)."""
+        return self.graphs.memory() if hasattr(self, "graphs") else nullcontext()
 
     def _key(self, name: str, size: int) -> tuple:
         """Of a graph of the network. Variants may change between two steps, and each has graphs of its own."""
@@ -183,7 +192,8 @@ class ModelRunner:
     def _capture(self, batch: DecodeBatch | PromptBatch, key: tuple, run: Callable[[], None]) -> None:
         """Compile what `run` launches by running it over rows of nobody, then record it."""
         with batch.nobodys(key[1]):
-            run()
+            with self._graph_memory():
+                run()
             self.graphs.capture(key, run)
 
     @torch.inference_mode()
@@ -221,7 +231,7 @@ class ModelRunner:
     def rehearse_graphs(self, count: int | None = None) -> None:
         """Run over rows of nobody what all graphs are captured of, or only the first `count` of it."""
         for batch, key, run in islice(self._graphs_of(self.prompt.sizes[::-1], self._graph_sizes[::-1]), count):
-            with batch.nobodys(key[1]):
+            with batch.nobodys(key[1]), self._graph_memory():
                 run()
 
     def _graphs_of(

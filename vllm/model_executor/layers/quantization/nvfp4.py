@@ -31,6 +31,7 @@ from vllm.model_executor.layers.quantization.base import (
 )
 from vllm.model_executor.layers.quantization.dense import dequantise
 from vllm.model_executor.parameter import Slot, Source, empty_parameter
+from vllm.utils.torch_utils import kept
 
 SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 GROUP = 16
@@ -137,7 +138,7 @@ class NvFp4(WeightScheme):
 @lru_cache
 def _of_code(device: torch.device) -> torch.Tensor:
     """float32 [16]. Kept, because a CUDA graph cannot be captured over a copy from the host's list."""
-    return torch.tensor([*SIZES, *(-x for x in SIZES)], device=device)
+    return kept(lambda device: torch.tensor([*SIZES, *(-x for x in SIZES)], device=device), device)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:

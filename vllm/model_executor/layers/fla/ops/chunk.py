@@ -104,7 +104,8 @@ def chunk_gated_delta_rule_triton(
     g, beta = (x.reshape(-1, Hv).contiguous() for x in (g, beta))
     make = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=device)
     G, rstd = make(B * T, Hv), make(B * T, Hk)
-    u, w, h = make(B * T, Hv, V, dtype=dtype), make(B * T, Hv, K, dtype=dtype), make(NT, Hv, V, K, dtype=dtype)
+    w, h = make(B * T, Hv, K, dtype=dtype), make(NT, Hv, V, K, dtype=dtype)
+    u = o.view(B * T, Hv, V)  # in the end each of its tiles becomes the one of o
     flags = None if has_initial_state is None else has_initial_state.bool().view(torch.uint8)
     plan = plan_chunk(K, V, N * Hv, dtype == torch.float32, multiprocessors(device))
     shared = {

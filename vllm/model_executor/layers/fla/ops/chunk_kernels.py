@@ -211,7 +211,7 @@ def chunk_output_kernel(
     HAS_SLOTS: tl.constexpr,
     L2NORM: tl.constexpr,
 ):
-    """O of one chunk, one head and BV value channels: the state's answer plus that of the chunk's own tokens."""
+    """O of one chunk, one head and BV value channels: the state's answer plus that of the chunk's own tokens. It may replace u."""
     chunk, head = tl.program_id(0) // Hv, tl.program_id(0) % Hv
     key_head = head // (Hv // Hk)
     n, c = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
@@ -242,4 +242,5 @@ def chunk_output_kernel(
     if L2NORM:
         q32 = q_t.to(tl.float32)
         acc *= tl.rsqrt(tl.sum(q32 * q32, axis=1) + eps)[:, None]
+    tl.debug_barrier()  # all warps have read u
     tl.store(at_o, (acc * scale).to(o.dtype.element_ty), mask=in_v)

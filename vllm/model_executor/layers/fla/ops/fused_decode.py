@@ -16,6 +16,7 @@ from vllm.model_executor.layers.mamba.ops.causal_conv1d_update import (
     check_window,
     use_silu,
 )
+from vllm.utils.torch_utils import kept
 
 from .device import multiprocessors, overlaps_launches, softplus
 from .fused_decode_cuda import fits_fused_decode_cuda, fused_gdn_decode_cuda, prefers_cuda
@@ -287,7 +288,7 @@ def _counters(device: torch.device, size: int) -> torch.Tensor:
         raise RuntimeError(
             f"run fused_gdn_decode once with {size} or more counters before capturing it in a CUDA graph"
         )
-    return torch.zeros(size, dtype=torch.int32, device=device)
+    return kept(lambda device: torch.zeros(size, dtype=torch.int32, device=device), device)
 
 
 def fused_gdn_decode_triton(
