@@ -40,7 +40,7 @@ def test_the_sizes_asked_for_are_taken_as_far_as_they_fit():
 
 @pytest.mark.parametrize("sizes", [(), (1,), (3, 7), capture_sizes(256)])
 def test_every_size_is_captured_once_and_the_largest_first(sizes):
-    early, later = capture_order(sizes)
+    early, later = capture_order(sizes, 8)
     assert sorted(early + later) == list(sizes)
     assert early == sorted(early, reverse=True) and early[:1] == list(sizes[-1:])
     assert all(size > 8 for size in later) and later == sorted(later)
@@ -48,23 +48,24 @@ def test_every_size_is_captured_once_and_the_largest_first(sizes):
 
 def test_graphs_that_the_start_left_out_are_captured_one_size_at_a_time(monkeypatch):
     runner, captured = object.__new__(ModelRunner), []
-    runner.prompt, runner.decode = SimpleNamespace(sizes=(16, 64)), None
+    runner.prompt, runner.decode = SimpleNamespace(sizes=(16, 64, 512, 1024)), None
     runner.batch = SimpleNamespace(sampling=SimpleNamespace(plan="greedy"))
     runner._gdn_layers, runner._graph_sizes, runner.graphs = [], capture_sizes(16), {}
     monkeypatch.setattr(
         runner, "_capture", lambda batch, key, run: (captured.append(key), runner.graphs.update({key: 1}))
     )
-    runner.capture_graphs(largest_alone=True)
-    assert captured == [("prompt", 64), ("forward", 16), ("sample", 16, "greedy")]
-    captured.clear()
-    assert runner.capture_graphs() == (2, 9)
-    assert captured[:4] == [("prompt", 64), ("prompt", 16), ("forward", 16), ("sample", 16, "greedy")]
+    assert runner.capture_graphs() == (3, 9)
+    assert captured[:3] == [("prompt", 1024), ("prompt", 64), ("prompt", 16)]
+    assert captured[3:5] == [("forward", 16), ("sample", 16, "greedy")]
     assert captured[-2:] == [("forward", 1), ("sample", 1, "greedy")]
     captured.clear()
     runner.graphs["forward", 12] = 1  # a batch was faster
     while runner.has_graphs_to_capture:
         runner.capture_next_graphs()
-    assert [key[:2] for key in captured] == [(n, s) for s in (10, 12, 14) for n in ("forward", "sample")][:2] + [
+    assert [key[:2] for key in captured] == [
+        ("prompt", 512),
+        ("forward", 10),
+        ("sample", 10),
         ("sample", 12),
         ("forward", 14),
         ("sample", 14),

@@ -13,6 +13,8 @@ from vllm.utils.cuda_context import new_stream
 
 EARLY = 8
 """Batch sizes up to which graphs are captured at the start."""
+EARLY_TOKENS = 256
+"""Sizes of prompts' chunks up to which they are. Each takes two passes through the network of a start's time."""
 
 
 def capture_sizes(max_num_seqs: int, asked: tuple[int, ...] | None = None) -> tuple[int, ...]:
@@ -32,12 +34,12 @@ def capture_sizes(max_num_seqs: int, asked: tuple[int, ...] | None = None) -> tu
     return (*sizes, max_num_seqs)
 
 
-def capture_order(sizes: tuple[int, ...]) -> tuple[list[int], list[int]]:
+def capture_order(sizes: tuple[int, ...], most: int) -> tuple[list[int], list[int]]:
     """Of these sizes, smallest first: which are captured at the start, in this order, and which when there is time.
 
-    At the start the largest, which makes room for all, and those of the few sequences that a server begins with.
+    At the start the largest, which makes room for all, and those up to `most`, with which a server begins.
     """
-    early = [size for size in sizes if size <= EARLY or size == sizes[-1]]
+    early = [size for size in sizes if size <= most or size == sizes[-1]]
     return early[::-1], [size for size in sizes if size not in early]
 
 

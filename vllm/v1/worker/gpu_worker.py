@@ -140,7 +140,7 @@ class Worker:
         torch.cuda.reset_peak_memory_stats()
         run_largest_steps(self.runner)
         compile_kernels(self.runner)
-        self.runner.capture_graphs(largest_alone=True)
+        self.runner.rehearse_graphs(largest_alone=True)
         return pools.kv_bytes + pools.state_bytes
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from itertools import islice
 
 import torch
 from torch import nn
@@ -27,7 +26,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.sample.token_masks import DeviceMasks
 from vllm.v1.structured_output.masks import TokenMasks
 from vllm.v1.worker.caches import bind_caches, unbind_caches
-from vllm.v1.worker.cudagraph import GraphCache, capture_order, capture_sizes, padded_size
+from vllm.v1.worker.cudagraph import EARLY, EARLY_TOKENS, GraphCache, capture_order, capture_sizes, padded_size
 from vllm.v1.worker.decode_batch import DecodeBatch
 from vllm.v1.worker.input_batch import InputBatch, Sequence, StepInputs
 from vllm.v1.worker.pending import PendingOutput
@@ -67,7 +66,7 @@ class ModelRunner:
         self.batch = InputBatch(max_num_seqs, max_pages, text.vocab_size, self.device)
         self.decode = DecodeBatch(self.batch, block_size, max_model_len)
         self._graph_sizes: tuple[int, ...] = ()
-        self._graphs_to_capture: list[int] = []  # sizes of batches
+        self._graphs_to_capture: list[tuple[list[int], list[int]]] = []  # sizes of prompts and of batches, at once
         compilation, dtype = self.config.compilation_config, self.config.model_config.dtype
         if self.device.type == "cuda" and compilation.decode_graphs:
             most = min(max_num_seqs, compilation.max_capture_size or max_num_seqs)
@@ -197,40 +196,43 @@ class ModelRunner:
             self.graphs.capture(key, run)
 
     @torch.inference_mode()
-    def capture_graphs(self, largest_alone: bool = False) -> tuple[int, int]:
+    def capture_graphs(self) -> tuple[int, int]:
         """Capture graphs of prompts and of greedy decoding before the first request wants them, the largest first, which makes room for
         all. Prompts run in graphs from here on, so that those that warm up before compile the kernels of steps without.
-
-        Args:
-            largest_alone: of each kind, to see what room they need.
 
         Returns how many sizes of prompts' chunks, and of batches, have them now.
         """
         self._prompt_sizes = self.prompt.sizes
-        prompts = self._prompt_sizes[::-1]
-        batches, self._graphs_to_capture = capture_order(self._graph_sizes)
-        if largest_alone:
-            prompts, batches = prompts[:1], batches[:1]
+        prompts, later_prompts = capture_order(self._prompt_sizes, EARLY_TOKENS)
+        batches, later_batches = capture_order(self._graph_sizes, EARLY)
+        self._graphs_to_capture = [([n], []) for n in later_prompts] + [([], [n]) for n in later_batches]
         for graph in self._graphs_of(prompts, batches):
             self._capture(*graph)
         return len(prompts), len(batches)
 
     @property
     def has_graphs_to_capture(self) -> bool:
-        """Whether sizes of batches are left that `capture_graphs` has left out."""
+        """Whether sizes are left that `capture_graphs` has left out."""
         return bool(self._graphs_to_capture)
 
     @torch.inference_mode()
     def capture_next_graphs(self) -> None:
-        """Capture those of one such size, unless a batch has wanted them already."""
-        for batch, key, run in self._graphs_of((), [self._graphs_to_capture.pop(0)]):
+        """Capture those of one such size, unless a step has wanted them already."""
+        for batch, key, run in self._graphs_of(*self._graphs_to_capture.pop(0)):
             if key not in self.graphs:
                 self._capture(batch, key, run)
 
     @torch.inference_mode()
-    def rehearse_graphs(self, count: int | None = None) -> None:
-        """Run over rows of nobody what all graphs are captured of, or only the first `count` of it."""
-        for batch, key, run in islice(self._graphs_of(self.prompt.sizes[::-1], self._graph_sizes[::-1]), count):
+    def rehearse_graphs(self, largest_alone: bool = False) -> None:
+        """Run over rows of nobody what graphs are captured of.
+
+        Args:
+            largest_alone: of each kind, to see what room they need.
+        """
+        prompts, batches = self.prompt.sizes[::-1], self._graph_sizes[::-1]
+        if largest_alone:
+            prompts, batches = prompts[:1], batches[:1]
+        for batch, key, run in self._graphs_of(prompts, batches):
             with batch.nobodys(key[1]), self._graph_memory():
                 run()
 

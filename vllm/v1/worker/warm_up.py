@@ -41,7 +41,7 @@ def compile_in_children(runner: ModelRunner) -> None:
         run_largest_steps(runner)
         _run_each_length(runner)
 
-    compile_ahead(lambda: runner.rehearse_graphs(1), rest)
+    compile_ahead(lambda: runner.rehearse_graphs(largest_alone=True), rest)
 
 
 def _run_each_length(runner: ModelRunner) -> None:

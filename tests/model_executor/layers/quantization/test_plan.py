@@ -1,6 +1,5 @@
 """Who decides how a module is stored: its tensors, then the config; and what is said about it."""
 
-import json
 import logging
 
 import pytest
@@ -9,7 +8,7 @@ from compressed_tensors.quantization import QuantizationConfig
 
 from tests.quantised import infos, quantization_config
 from vllm.config import load_hf_config, parse_quantization, resolve_model
-from vllm.config.checkpoint import ASSETS
+from vllm.config.checkpoint import preset_names
 from vllm.model_executor.layers.quantization import (
     Awq,
     CompressedTensorsWNA16,
@@ -230,8 +229,6 @@ def test_the_schema_is_compressed_tensors_own():
         check_schema(quantization_config(form), "c.json")
     check_schema(None, "c.json")
     check_schema({"quant_method": "fp8", "config_groups": 5}, "c.json")  # not this package's affair
-    preset = json.loads((ASSETS / "presets" / "qwen3.5-35b-a3b-awq-4bit" / "config.json").read_text())
-    check_schema(preset["quantization_config"], "c.json")
     wrong = quantization_config("w4a16")
     wrong["config_groups"]["group_0"]["weights"]["num_bit"] = 4
     with pytest.raises(
@@ -239,6 +236,21 @@ def test_the_schema_is_compressed_tensors_own():
     ) as caught:
         check_schema(wrong, "c.json")
     assert "\n" not in str(caught.value)
+
+
+def test_presets_pass_the_schema_here_and_not_at_every_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    configs = [load_hf_config(resolve_model(f"preset:{name}")).quantization for name in preset_names()]
+    configs = [config for config in configs if config and config["quant_method"] == "compressed-tensors"]
+    assert len(configs) >= 2
+    for config in configs:
+        QuantizationConfig.model_validate(config)
+    monkeypatch.setattr(QuantizationConfig, "model_validate", None)
+    for config in configs:
+        check_schema(config, "c.json")
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(TypeError):
+        check_schema(configs[0] | {"ignore": ["another"]}, "c.json")
 
 
 def test_what_has_passed_the_schema_is_not_checked_again(tmp_path, monkeypatch):
