@@ -17,7 +17,6 @@ from vllm.benchmarks.tiny_tasks import generate
 from vllm.config.compilation import PROMPT_SIZES, prompt_sizes
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.utils.torch_utils import kept
-from vllm.v1.worker import cudagraph
 from vllm.v1.worker.cudagraph import GraphCache, capture_order, capture_sizes, padded_size
 from vllm.v1.worker.model_runner import ModelRunner
 
@@ -111,9 +110,57 @@ def test_other_work_uses_the_memory_of_graphs_between_them():
     assert _memory_of(graphs) == (size, 0)
 
 
+class _Nothing:
+    """Stands for a stream, a graph, or what routes memory to a pool."""
+
+    wait_stream = capture_begin = capture_end = lambda *args, **kwargs: None
+    __enter__ = __exit__ = lambda *args: None
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    for owner, name in ((torch.cuda, "current_stream"), (torch.cuda, "stream"), (torch.cuda, "use_mem_pool")):
+        monkeypatch.setattr(owner, name, lambda *args: _Nothing())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Nothing)
+    graphs = object.__new__(GraphCache)
+    graphs._graphs, graphs._pool, graphs._stream = {}, SimpleNamespace(id=(0, 1)), _Nothing()
+    return graphs
+
+
+def _garbage() -> weakref.ref:
+    gc.collect()  # so that it is young when the collector comes by
+    thing = _Nothing()
+    thing.itself = thing
+    return weakref.ref(thing)
+
+
+def _collected(garbage: weakref.ref) -> bool:
+    made = [[i] for i in range(10 * gc.get_threshold()[0])]
+    return bool(made) and garbage() is None
+
+
+def test_no_garbage_is_collected_where_memory_goes_to_graphs(without_gpu):
+    """An engine may be garbage, and its memory pool must not end while another is in use."""
+    found = []
+    with without_gpu.memory():
+        found.append(_collected(_garbage()))
+    without_gpu.capture("key", lambda: found.append(_collected(_garbage())))
+    assert found == [False, False] and "key" in without_gpu
+    assert _collected(_garbage()) and gc.isenabled()
+    with pytest.raises(KeyError), without_gpu.memory():
+        raise KeyError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with without_gpu.memory():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
 @pytest.mark.gpu
-def test_graphs_may_end_while_others_memory_is_in_use():
-    """The garbage collector says when; and then their memory can be given back."""
+def test_graphs_that_are_garbage_outlast_the_use_of_others_memory():
     device, x = torch.device("cuda", 0), torch.ones(1 << 20, device="cuda")
     old, new = GraphCache(device), GraphCache(device)
     old.capture("add", lambda: x.add_(x.clone()))
@@ -121,82 +168,15 @@ def test_graphs_may_end_while_others_memory_is_in_use():
         x.clone()
     assert _memory_of(old)[0] >= x.nbytes
     pool_id = old.pool_id
-    old.itself = old
-    del old
+    old.itself, garbage = old, weakref.ref(old)
     with new.memory():
+        del old
         y = x + 1
-        gc.collect()
+        assert not _collected(garbage)
         y += 1
-    torch.cuda.synchronize()
-    assert (y == 3).all()
-    torch.cuda.empty_cache()
+    gc.collect()
+    assert garbage() is None and (y == 3).all()
     assert all(tuple(s["segment_pool_id"]) != pool_id for s in torch.cuda.memory_snapshot())
-
-
-class _Allocator:
-    """The rules of PyTorch's allocator about pools, with nothing behind them."""
-
-    def __init__(self) -> None:
-        self.references, self.in_use = {}, []
-
-    def begin(self, device: int, pool: tuple[int, int]) -> None:
-        assert self.references.get(pool) != 0, "a pool that nobody refers to cannot be used again"
-        assert pool not in self.in_use
-        self.references[pool] = self.references.get(pool, 0) + 1
-        self.in_use.append(pool)
-
-    def end(self, device: int, pool: tuple[int, int]) -> None:
-        self.in_use.remove(pool)
-
-    def release(self, device: int, pool: tuple[int, int]) -> None:
-        self.references[pool] -= 1
-        assert self.references[pool] >= 0
-
-
-class _Graph:
-    """As much of `torch.cuda.CUDAGraph` as refers to a pool."""
-
-    allocator: _Allocator
-
-    def capture_begin(self, pool: tuple[int, int], capture_error_mode: str) -> None:
-        self.pool = pool
-        self.allocator.begin(0, pool)
-
-    def capture_end(self) -> None:
-        self.allocator.end(0, self.pool)
-        weakref.finalize(self, self.allocator.release, 0, self.pool)
-
-
-def test_a_pool_lasts_as_long_as_its_cache_and_its_graphs(monkeypatch):
-    allocator = _Graph.allocator = _Allocator()
-    names = {"BeginAllocateCurrentThreadToPool": "begin", "EndAllocateToPool": "end", "ReleasePool": "release"}
-    for name, method in names.items():
-        name = f"_cuda_{name[0].lower()}{name[1:]}"
-        monkeypatch.setattr(torch._C, name, getattr(allocator, method), raising=False)
-    handles = iter([(0, 7), (0, 8)])
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
-    monkeypatch.setattr(cudagraph, "_capture_stream", lambda device: None)
-    monkeypatch.setattr(GraphCache, "_on_stream", lambda self: contextlib.nullcontext())
-    device, inside = torch.device("cuda", 0), []
-    graphs, other = GraphCache(device), GraphCache(device)
-    assert allocator.references == {(0, 7): 1, (0, 8): 1} and not allocator.in_use
-    for key in range(2):
-        with graphs.memory():
-            assert allocator.in_use == [(0, 7)] and allocator.references[0, 7] == 2 + key
-        graphs.capture(key, lambda: inside.extend(allocator.in_use))
-    assert inside == [(0, 7)] * 2 and not allocator.in_use and allocator.references[0, 7] == 3
-    with pytest.raises(KeyError), graphs.memory():
-        raise KeyError
-    assert not allocator.in_use and allocator.references[0, 7] == 3
-    kept_graph = graphs._graphs[0]
-    graphs.itself = graphs
-    del graphs
-    with other.memory():
-        gc.collect()
-        assert allocator.references == {(0, 7): 1, (0, 8): 2}
-    del kept_graph
-    assert allocator.references == {(0, 7): 0, (0, 8): 1}
 
 
 def _memory_of(graphs: GraphCache) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import gc
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -59,8 +59,7 @@ class GraphCache:
 
     def __init__(self, device: torch.device) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self.pool_id: tuple[int, int] = torch.cuda.graph_pool_handle()  # as in `torch.cuda.memory_snapshot()`
-        self._pool = _Pool(device, self.pool_id)
+        self._pool = torch.cuda.MemPool()
         self._stream = _capture_stream(device)
 
     def __len__(self) -> int:
@@ -68,6 +67,11 @@ class GraphCache:
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._graphs
+
+    @property
+    def pool_id(self) -> tuple[int, int]:
+        """Of the memory pool, as in `torch.cuda.memory_snapshot()`."""
+        return self._pool.id
 
     def replay(self, key: Hashable) -> None:
         """Queue the graph captured under `key`."""
@@ -96,7 +100,7 @@ class GraphCache:
         What is made inside must be read, in the order of the streams, before the next graph, which writes to the same places. Tensors that
         are to last are made by `torch_utils.kept`.
         """
-        with self._on_stream(), self._pool.in_use():
+        with self._on_stream(), torch.cuda.use_mem_pool(self._pool):
             yield
 
     @contextmanager
@@ -104,35 +108,23 @@ class GraphCache:
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream), _garbage_left():
                 yield
         finally:
             current.wait_stream(self._stream)
 
 
-class _Pool:
-    """A memory pool of PyTorch's allocator that is there for as long as this is, or a graph of it.
-
-    What `torch.cuda.MemPool` and `use_mem_pool` do, but for its end: a MemPool also gives its memory back, and if that happens while another
-    is in use, since the garbage collector chooses when, PyTorch (2.11) ends the process. Here `torch.cuda.empty_cache` gives it back.
-    """
-
-    def __init__(self, device: torch.device, pool_id: tuple[int, int]) -> None:
-        self._at = device.index, pool_id
-        # every beginning counts as a reference until it is released: the first one when this goes
-        torch._C._cuda_beginAllocateCurrentThreadToPool(*self._at)
-        torch._C._cuda_endAllocateToPool(*self._at)
-        weakref.finalize(self, torch._C._cuda_releasePool, *self._at).atexit = False
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Inside, this thread's tensors go there."""
-        torch._C._cuda_beginAllocateCurrentThreadToPool(*self._at)
-        try:
-            yield
-        finally:
-            torch._C._cuda_endAllocateToPool(*self._at)
-            torch._C._cuda_releasePool(*self._at)
+@contextmanager
+def _garbage_left() -> Iterator[None]:
+    """Inside, no garbage is collected: an engine that is no longer used may be among it, and PyTorch (2.11) ends the process when a memory
+    pool ends while another is in use."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @cache
