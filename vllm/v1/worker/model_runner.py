@@ -36,7 +36,7 @@ MakeMasks = Callable[[], TokenMasks | None]
 
 MOST_PARTS = 3
 """Parts that a step is computed in, one after the other: each reads the weights, and the host launches a whole step in the time of about
-four prompts' graphs (on an H200, 52 and 13 ms: ab_in_proj_35b_h200 and ttft_128_h200 in benchmarks/results/bench)."""
+four prompts' graphs (on an H200, 52 and 12 ms: four sequences and one in benchmarks/results/bench/ab_decode_35b_h200)."""
 MOST_PARTS_TOKENS = 2048
 """Tokens of prompts up to which a step has parts: the GPU needs longer for more of them than the host does, and for parts longer still."""
 
