@@ -151,7 +151,9 @@ def test_overrides_reach_the_model():
 
 
 def test_prompts_that_are_graphs():
-    assert create().prompt_sizes[-1] == 2048
-    assert create(scheduler_config=SchedulerConfig(max_num_batched_tokens=300)).prompt_sizes[-2:] == (256, 300)
+    assert create().prompt_sizes(1)[-1] == 2048
+    short = VllmConfig.create(ModelConfig(model=MODEL, max_model_len=100), device="cuda")
+    assert short.prompt_sizes(1)[-2:] == (64, 100) and short.prompt_sizes(8)[-2:] == (512, 800)
+    assert create(scheduler_config=SchedulerConfig(max_num_batched_tokens=300)).prompt_sizes(1)[-2:] == (256, 300)
     asked = CompilationConfig(compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY"})
-    assert create(compilation_config=asked).prompt_sizes == create(device="cpu").prompt_sizes == ()
+    assert create(compilation_config=asked).prompt_sizes(1) == create(device="cpu").prompt_sizes(2) == ()

@@ -80,9 +80,14 @@ def test_rows_behind_the_last_chunk(device, small_tiles, pad_tokens):
         check(AttentionCase(work, 6, 2, 64, 32, pad_tokens=pad_tokens, device=device))
 
 
-@pytest.mark.parametrize("before,now", [(0, 1), (0, 16), (31, 7), (40, 40)])
-def test_lengths_that_only_the_device_knows(device, small_tiles, before, now):
-    case = AttentionCase([(before, now)], 4, 2, 64, 32, pad_tokens=41 - now, device=device)
+@pytest.mark.parametrize(
+    "work",
+    [[(0, 1)], [(0, 16)], [(31, 7)], [(40, 40)], [(0, 9), (33, 20), (5, 3)], [(0, 12), (0, 29), (0, 0), (0, 0)]],
+    ids=str,
+)
+def test_lengths_that_only_the_device_knows(device, small_tiles, work):
+    """Behind the sequences there may be room for others."""
+    case = AttentionCase(work, 4, 2, 64, 32, pad_tokens=41 - sum(now for _, now in work), device=device)
     forget = {"query_lens_cpu": None, "seq_lens_cpu": None, "max_query_len": 41, "max_seq_len": 1 << 18}
     want = case.out()
     attention_prefill_torch(case.clean_rows, case.clean, case.clean_meta, case.scale, want)

@@ -6,6 +6,7 @@ from vllm.model_executor.layers.fla.ops import (
     CHUNK_SIZE,
     chunk_gated_delta_rule,
     naive_recurrent_gated_delta_rule,
+    padded_chunk_lists,
     prepare_chunk_indices,
     prepare_chunk_offsets,
 )
@@ -104,6 +105,21 @@ def test_chunk_lists():
     assert prepare_chunk_indices(cu).tolist() == [[0, 0], [1, 0], [1, 1], [1, 2], [3, 0]]
     assert prepare_chunk_offsets(torch.tensor(cu)).tolist() == [0, 1, 4, 4, 5]
     assert prepare_chunk_indices([0]).shape == (0, 2)
+
+
+@pytest.mark.parametrize("size", [16, 199, 256])
+@pytest.mark.parametrize("lengths", [[0], [1], [16], [5, 130, 0, 64], [64, 64, 64], [65, 65, 65], [1] * 16, [0, 0, 0]])
+def test_chunk_lists_of_lengths_that_only_the_device_knows(lengths, size):
+    """The same, and behind them chunks without tokens, with room for the worst that as many sequences and tokens can be."""
+    size = max(size, sum(lengths))
+    cu = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    want = prepare_chunk_indices(cu).tolist()
+    indices, offsets = padded_chunk_lists(torch.tensor(lengths), size)
+    assert indices.dtype == offsets.dtype == torch.int32
+    assert indices[: len(want)].tolist() == want and offsets.tolist() == prepare_chunk_offsets(cu).tolist()
+    assert all(64 * chunk >= lengths[sequence] for sequence, chunk in indices[len(want) :].tolist())
+    spread = min(len(lengths), size)  # each with one token in its last chunk
+    assert len(indices) >= spread + (size - spread) // 64
 
 
 def test_refuses_what_does_not_fit(device):

@@ -1,5 +1,5 @@
-"""A prompt padded to a fixed number of tokens, its true length on the device alone: every kernel on its way gives the real tokens what the
-reference gives the prompt by itself, though all that is nobody's is NaN.
+"""Prompts padded to a fixed number of tokens, their true lengths on the device alone: every kernel on their way gives the real tokens what the
+reference gives the prompts by themselves, though all that is nobody's is NaN.
 
 Attention is in test_attention_prefill.py.
 """
@@ -9,7 +9,7 @@ import torch
 
 from tests.kernels.common import TOLERANCE, assert_close, delta_inputs, starts
 from tests.kernels.experts import layer
-from vllm.model_executor.layers.fla.ops import prepare_chunk_indices, prepare_chunk_offsets
+from vllm.model_executor.layers.fla.ops import padded_chunk_lists
 from vllm.model_executor.layers.fla.ops.chunk import chunk_gated_delta_rule_torch, chunk_gated_delta_rule_triton
 from vllm.model_executor.layers.fla.ops.gating import fused_gdn_gating_torch, fused_gdn_gating_triton
 from vllm.model_executor.layers.fla.ops.layernorm_guard import rmsnorm_gated_torch, rmsnorm_gated_triton
@@ -44,6 +44,10 @@ def sequence(device: str, length: int, goes_on: bool) -> dict[str, torch.Tensor]
     return {"slot": slot, "flag": flag, "starts": starts([length], device)}
 
 
+def chunk_lists(starts: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
+    return dict(zip(("chunk_indices", "chunk_offsets"), padded_chunk_lists(starts.diff(), size)))
+
+
 @pytest.mark.parametrize("goes_on", [False, True])
 @pytest.mark.parametrize("length,size", SIZES)
 def test_convolution(device, length, size, goes_on):
@@ -61,7 +65,7 @@ def test_convolution(device, length, size, goes_on):
 @pytest.mark.parametrize("goes_on", [False, True])
 @pytest.mark.parametrize("length,size", SIZES)
 def test_delta_rule(device, length, size, goes_on):
-    """With the chunks of the padded prompt, whose number is all that the host says."""
+    """With as many chunks as the padded prompt may have."""
     Hk, Hv, K, V = 1, 2, 32, 32
     x = delta_inputs(1, length, Hk, Hv, K, V, torch.float32, device)
     pools, s = pools_of(torch.randn(Hv, V, K, device=device), goes_on), sequence(device, length, goes_on)
@@ -71,10 +75,7 @@ def test_delta_rule(device, length, size, goes_on):
         "has_initial_state": s["flag"],
         "use_qk_l2norm_in_kernel": True,
     }
-    lists = {
-        "chunk_indices": prepare_chunk_indices([0, size], device=device),
-        "chunk_offsets": prepare_chunk_offsets([0, size], device=device),
-    }
+    lists = chunk_lists(s["starts"], size)
     want, _ = chunk_gated_delta_rule_torch(**x, initial_state=pools[0], **args)
     padded = {name: pad(t, 1, size) for name, t in x.items()}
     got, _ = chunk_gated_delta_rule_triton(**padded, initial_state=pools[1], **args, **lists)
@@ -84,6 +85,51 @@ def test_delta_rule(device, length, size, goes_on):
     assert pools[1][[0, 1, 3]].isnan().all()
 
 
+@pytest.mark.parametrize(
+    "lengths,size", [([3, 65, 0], 128), ([64, 1, 63, 0, 0], 128), ([1, 1, 1], 16), ([130, 62], 192)]
+)
+def test_several_prompts(device, lengths, size):
+    """Some go on from a state, and there may be room for more than there are, which is nobody's."""
+    Hk, Hv, K, V, dim, N, T = 1, 2, 32, 32, 40, len(lengths), sum(lengths)
+    own = [i for i, n in enumerate(lengths) if n]
+    place = torch.tensor([2 * i + 1 if n else -1 for i, n in enumerate(lengths)], dtype=torch.int32, device=device)
+    flags = torch.tensor([n > 1 for n in lengths], device=device)
+    used, others = [2 * i + 1 for i in own], [i for i in range(2 * N + 1) if i % 2 == 0 or not lengths[i // 2]]
+
+    def pools(*shape):
+        pool = torch.full((2 * N + 1, *shape), NAN, device=device)
+        for i in own:
+            if lengths[i] > 1:
+                pool[2 * i + 1] = torch.randn(shape, device=device)
+        return pool, pool.clone()
+
+    def check(got, want, pools, tolerance):
+        assert_close(got[:T], want, tolerance)
+        assert got[T:].abs().sum() == 0
+        assert_close(pools[1][used], pools[0][used], tolerance, "state")
+        assert pools[1][others].isnan().all()
+
+    windows, states = pools(dim, 3), pools(Hv, V, K)
+    inputs, weight = torch.randn(T, dim, device=device), torch.randn(4, dim, device=device).T
+    args = starts(lengths, device), place, flags, "silu"
+    want = causal_conv1d_fn_torch(inputs.T, weight, None, windows[0], *args)
+    got = causal_conv1d_fn_triton(pad(inputs, 0, size).T, weight, None, windows[1], *args)
+    check(got.T, want.T, windows, 1e-5)
+
+    x = delta_inputs(1, T, Hk, Hv, K, V, torch.float32, device)
+    args = {
+        "cu_seqlens": starts(lengths, device),
+        "ssm_state_indices": place,
+        "has_initial_state": flags,
+        "use_qk_l2norm_in_kernel": True,
+    }
+    want, _ = chunk_gated_delta_rule_torch(**x, initial_state=states[0], **args)
+    padded = {name: pad(t, 1, size) for name, t in x.items()}
+    lists = chunk_lists(args["cu_seqlens"], size)
+    got, _ = chunk_gated_delta_rule_triton(**padded, initial_state=states[1], **args, **lists)
+    check(got[0], want[0], states, 1e-5)
+
+
 def test_nobodys_prompt(device):
     """What a graph is captured over: no tokens, no slot. Nothing is read or written."""
     Hk, Hv, K, V, size = 1, 2, 32, 32, 64
@@ -91,10 +137,7 @@ def test_nobodys_prompt(device):
     states, windows = (torch.full(shape, NAN, device=device) for shape in ((3, Hv, V, K), (3, 8, 3)))
     slot, flag = torch.tensor([-1], dtype=torch.int32, device=device), torch.tensor([False], device=device)
     args = {"cu_seqlens": starts([0], device), "ssm_state_indices": slot, "has_initial_state": flag}
-    lists = {
-        "chunk_indices": prepare_chunk_indices([0, size], device=device),
-        "chunk_offsets": prepare_chunk_offsets([0, size], device=device),
-    }
+    lists = chunk_lists(args["cu_seqlens"], size)
     got, _ = chunk_gated_delta_rule_triton(**x, initial_state=states, **args, **lists)
     assert got.abs().sum() == 0 and states.isnan().all()
     rows, weight = torch.full((8, size), NAN, device=device), torch.randn(8, 4, device=device)

@@ -87,10 +87,10 @@ class CompilationConfig:
 
 
 def prompt_sizes(longest: int) -> tuple[int, ...]:
-    """Numbers of tokens for which a step with one chunk of a prompt gets a graph, smallest first.
+    """Numbers of tokens that chunks of prompts are padded to for a graph, smallest first.
 
     Args:
-        longest: tokens of the longest chunk that a step can hold.
+        longest: the most that a step can hold.
     """
     return tuple(sorted({min(size, longest) for size in PROMPT_SIZES}))
 

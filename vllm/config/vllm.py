@@ -126,14 +126,13 @@ class VllmConfig:
         """Tokens of the longest prompt chunk that a step can hold."""
         return min(self.scheduler_config.max_num_batched_tokens, self.model_config.max_model_len)
 
-    @property
-    def prompt_sizes(self) -> tuple[int, ...]:
-        """Tokens of the steps with one chunk of a prompt that are CUDA graphs, smallest first."""
+    def prompt_sizes(self, most: int) -> tuple[int, ...]:
+        """Numbers of tokens for which a step with chunks of at most so many prompts gets a CUDA graph, smallest first."""
         if self.parallel_config.device != "cuda" or not self.compilation_config.prompt_graphs:
             return ()
         if self.model_config.dtype == "float32":  # whose attention is PyTorch's, which asks for lengths
             return ()
-        return prompt_sizes(self.longest_chunk)
+        return prompt_sizes(min(self.scheduler_config.max_num_batched_tokens, most * self.model_config.max_model_len))
 
     @property
     def quant_scheme(self) -> QuantConfig | None:

@@ -22,20 +22,22 @@ def runner_of(llm: LLM) -> ModelRunner:
 @contextmanager
 def static_prompts(runner: ModelRunner, sizes: tuple[int, ...]) -> Iterator[list[tuple]]:
     """Inside, what graphs would be replayed runs at once. Gives the names and sizes of those, as they come."""
-    asked, before = [], (runner.prompt, runner._prompt_sizes)
+    asked, before = [], (runner.prompt, runner.prompts, runner._prompts_in_graphs)
 
     def replay(batch, key, run):
         asked.append(key[:2])
         run()
 
-    config = runner.config
-    runner.prompt = PromptBatch(runner.batch, config.cache_config.block_size, config.model_config.max_model_len, sizes)
-    runner._prompt_sizes, runner._replay = sizes, replay
+    runner.prompt, runner.prompts = (
+        PromptBatch(runner.batch, batch.block_size, batch.max_model_len, sizes, batch.most)
+        for batch in (runner.prompt, runner.prompts)
+    )
+    runner._prompts_in_graphs, runner._replay = True, replay
     try:
         yield asked
     finally:
         del runner._replay
-        runner.prompt, runner._prompt_sizes = before
+        runner.prompt, runner.prompts, runner._prompts_in_graphs = before
 
 
 @contextmanager

@@ -17,8 +17,10 @@ from vllm.benchmarks.tiny_tasks import generate
 from vllm.config.compilation import PROMPT_SIZES, prompt_sizes
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.utils.torch_utils import kept
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.worker.cudagraph import GraphCache, capture_order, capture_sizes, padded_size
 from vllm.v1.worker.model_runner import ModelRunner
+from vllm.v1.worker.prompt_batch import PromptBatch
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 8, 9, 64, 100, 256, 1024])
@@ -49,7 +51,8 @@ def test_every_size_is_captured_once_and_the_largest_first(sizes):
 
 def test_graphs_that_the_start_left_out_are_captured_one_size_at_a_time(monkeypatch):
     runner, captured = object.__new__(ModelRunner), []
-    runner.prompt, runner.decode = SimpleNamespace(sizes=(16, 64, 512, 1024)), None
+    runner.prompt, runner.prompts = (object.__new__(PromptBatch) for _ in range(2))
+    runner.prompt.sizes, runner.prompts.sizes, runner.decode = (16, 64, 512, 1024), (64, 2048), None
     runner.batch = SimpleNamespace(sampling=SimpleNamespace(plan="greedy"))
     runner._gdn_layers, runner._graph_sizes, runner.graphs = [], capture_sizes(16), {}
     monkeypatch.setattr(
@@ -65,6 +68,8 @@ def test_graphs_that_the_start_left_out_are_captured_one_size_at_a_time(monkeypa
         runner.capture_next_graphs()
     assert [key[:2] for key in captured] == [
         ("prompt", 512),
+        ("prompts", 64),
+        ("prompts", 2048),
         ("forward", 10),
         ("sample", 10),
         ("sample", 12),
@@ -265,7 +270,7 @@ def test_prompts_in_graphs_give_the_same_tokens(tiny_model, params, budget):
         prompts = [template(item.messages, enable_thinking=False) for item in items]
         ask = partial(one_by_one, llm, prompts, params)
         runner = runner_of(llm)
-        assert runner._prompt_sizes == (prompt_sizes(min(budget, 256)) if name == "graphs" else ())
+        assert runner.prompt.sizes == (prompt_sizes(min(budget, 256)) if name == "graphs" else ())
         known = len(runner.graphs) if name == "graphs" else 0
         texts[name] = ask()
         if name == "graphs":
@@ -308,15 +313,58 @@ def test_a_graph_of_a_prompt_computes_what_its_kernels_do(prompt_llm, chunks):
         return states
 
     with recorded_logits(runner) as logits:
-        runner._prompt_sizes = ()
+        runner._prompts_in_graphs = False
         want = [*compute(), logits[-1].float()]
-        runner._prompt_sizes = runner.prompt.sizes
+        runner._prompts_in_graphs = True
     found = []
     for graphs in (True, False):
         with contextlib.nullcontext() if graphs else static_prompts(runner, PROMPT_SIZES):
             states = compute()
         with torch.inference_mode():
             found.append([*states, runner.model.compute_logits(runner._hidden[:1]).float()])
+    for graph, kernels, unpadded in zip(*found, want):
+        assert_close(graph, kernels, 1e-3, "graph and kernels")
+        assert_close(graph, unpadded, 4e-2, "graph and the step without padding")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[3, 60], [100, 1, 30, 64], [600, 440, 7], [513, 500, 400, 600]], ids=str)
+def test_a_graph_of_several_prompts_computes_what_its_kernels_do(prompt_llm, lengths):
+    """Among pages and slots of NaN: the graph's states and logits are those of its kernels launched one by one, and those of the step of
+    exactly these tokens but for rounding."""
+    runner, n = runner_of(prompt_llm), len(lengths)
+    rng = random.Random(sum(lengths))
+    spare = rng.sample(range(1, 144), 143)
+    slots = list(range(1, n + 1))
+    new = []
+    for slot, length in zip(slots, lengths):
+        pages = [spare.pop() for _ in range(-(-length // 16))]
+        token_ids = [rng.randrange(5, 800) for _ in range(length)]
+        new.append(NewRequestData(str(slot), token_ids, length, GREEDY, pages, slot, 0))
+    ids = [request.request_id for request in new]
+
+    def compute():
+        with poisoned_pools(runner) as pools:
+            runner.execute(SchedulerOutput(dict(zip(ids, lengths)), new)).result()
+            rows = [runner.batch.sequences[name].row for name in ids]
+            assert runner.batch.num_computed[rows].tolist() == lengths
+            runner.execute(SchedulerOutput(finished_request_ids=ids))
+            for pool in pools["slots"]:
+                assert pool[slots].isfinite().all() and pool[n + 1 :].isnan().all()
+            assert all(pool[spare].isnan().all() for pool in pools["pages"])
+            return [pool[slots].float() for pool in pools["slots"]]
+
+    with recorded_logits(runner) as logits:
+        runner._prompts_in_graphs = False
+        want = [*compute(), logits[-1].float()]
+        runner._prompts_in_graphs = True
+    found = []
+    for graphs in (True, False):
+        with contextlib.nullcontext() if graphs else static_prompts(runner, PROMPT_SIZES) as asked:
+            states = compute()
+        with torch.inference_mode():
+            found.append([*states, runner.model.compute_logits(runner._hidden[:n]).float()])
+    assert asked == [("prompts", padded_size(PROMPT_SIZES, sum(lengths))), ("sample", n)]
     for graph, kernels, unpadded in zip(*found, want):
         assert_close(graph, kernels, 1e-3, "graph and kernels")
         assert_close(graph, unpadded, 4e-2, "graph and the step without padding")
@@ -329,12 +377,14 @@ def prompt_llm(tiny_model):
 
 
 @pytest.mark.gpu
-def test_a_prompt_in_a_graph_does_not_wait_for_the_device(prompt_llm):
+@pytest.mark.parametrize("lengths", [[100], [100, 3, 20]], ids=str)
+def test_prompts_in_a_graph_do_not_wait_for_the_device(prompt_llm, lengths):
     core = prompt_llm.llm_engine.core
     for _ in range(2):  # what happens once happens the first time
-        prompt_llm.llm_engine.add_request("r", {"prompt_token_ids": list(range(5, 105))}, GREEDY)
+        for i, n in enumerate(lengths):
+            prompt_llm.llm_engine.add_request(f"r{i}", {"prompt_token_ids": list(range(5, 5 + n))}, GREEDY)
         scheduled = core.scheduler.schedule()
-        assert list(scheduled.num_scheduled_tokens.values()) == [100]
+        assert list(scheduled.num_scheduled_tokens.values()) == lengths
         torch.cuda.set_sync_debug_mode("error")
         try:
             core._under_way.append((scheduled, core.worker.execute(scheduled)))

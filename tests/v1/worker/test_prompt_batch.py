@@ -3,6 +3,7 @@
 A CPU runs here, kernel by kernel, what a GPU captures in graphs; test_cudagraph.py has the graphs themselves.
 """
 
+import itertools
 import random
 from contextlib import contextmanager
 
@@ -23,7 +24,7 @@ from tests.v1.worker.static_prompts import (
 from vllm import LLM, SamplingParams
 from vllm.config.compilation import PROMPT_SIZES, prompt_sizes
 from vllm.sampling_params import StructuredOutputsParams
-from vllm.v1.worker import model_runner
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.worker.cudagraph import padded_size
 
 NAN = float("nan")
@@ -136,27 +137,54 @@ def test_sequences_that_come_and_go_with_steps_ahead_of_their_results(tiny_model
     assert len(asked) == sum(-(-(len(prompt) - 1) // 40) for prompt in prompts) if at_once == 1 else asked
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_few_prompts_of_a_step_are_computed_one_by_one(llm, count):
-    """More are computed together, since each alone would read the weights again."""
-    prompts = [tokens(20 + 15 * i, i) for i in range(count)]
-    params = [GREEDY, GREEDY.clone(max_tokens=2), GREEDY.clone(logprobs=1), GREEDY][:count]
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_prompts_of_a_step_are_one_batch(llm, count):
+    """With those whose log-probabilities are asked for, and those that end at once."""
+    prompts = [tokens(20 + 7 * i, i) for i in range(count)]
+    params = [GREEDY, GREEDY.clone(max_tokens=1), GREEDY.clone(logprobs=1), *[GREEDY] * 5][:count]
     with static_prompts(runner_of(llm), SIZES) as asked:
         found = llm.generate(prompts, params, use_tqdm=False)
-    assert asked == ([("prompt", padded_size(SIZES, len(prompt))) for prompt in prompts] if count < 4 else [])
+    assert asked == [("prompts", padded_size(SIZES, sum(map(len, prompts))))]
     for prompt, one, output in zip(prompts, params, found):
         alone = llm.generate([prompt], one, use_tqdm=False)[0].outputs[0]
         assert output.outputs[0].token_ids == alone.token_ids
         assert (output.outputs[0].logprobs is None) == (alone.logprobs is None)
 
 
-@pytest.mark.parametrize("most,graphs", [(63, 0), (64, 2)])
-def test_a_step_of_many_tokens_is_computed_together(llm, monkeypatch, most, graphs):
-    monkeypatch.setattr(model_runner, "MOST_PARTS_TOKENS", most)
-    assert [padded_size(SIZES, n) for n in (20, 31)] == [32, 32]
-    with static_prompts(runner_of(llm), SIZES) as asked:
-        llm.generate([tokens(20, 0), tokens(31, 1)], GREEDY, use_tqdm=False)
-    assert len(asked) == graphs
+@pytest.mark.parametrize(
+    "lengths,asked",
+    [([256, 256], [("prompts", 512)]), ([256, 257], []), ([2, 3], [("prompts", 16)]), ([1, 1, 30], [("prompts", 32)])],
+)
+def test_several_prompts_around_a_size(llm, lengths, asked):
+    """Prompts of a token are chunks like others. Too many tokens for the largest size are computed without one."""
+    assert both_ways(llm, [tokens(n, i) for i, n in enumerate(lengths)]) == asked
+
+
+def test_more_prompts_than_there_is_room_for(llm, monkeypatch):
+    monkeypatch.setattr(runner_of(llm).prompts, "most", 3)
+    prompts = [tokens(5 + i, i) for i in range(4)]
+    assert both_ways(llm, prompts) == []
+    assert both_ways(llm, prompts[:3]) == [("prompts", 32)]
+
+
+def test_a_step_that_cuts_a_prompt_draws_for_the_others(tiny_model):
+    """The one that is cut, here the first, is behind them in the batch, and gets no token."""
+    limits = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+    llm = LLM(str(tiny_model), device="cpu", use_tqdm_on_load=False, **limits)
+    runner, prompts = runner_of(llm), {"a": tokens(50, 1), "b": tokens(9, 2), "c": tokens(11, 3)}
+    alone = {name: llm.generate([p], GREEDY, use_tqdm=False)[0].outputs[0].token_ids for name, p in prompts.items()}
+    llm.llm_engine.core.step()
+    new = [
+        NewRequestData(name, prompt, len(prompt), GREEDY, [4 * i + j for j in range(1, 5)], i + 1, 0)
+        for i, (name, prompt) in enumerate(prompts.items())
+    ]
+    with static_prompts(runner, SIZES) as asked:
+        first = runner.execute(SchedulerOutput({"a": 30, "b": 9, "c": 11}, new)).result().sampled_token_ids
+        second = runner.execute(SchedulerOutput({"b": 1, "c": 1, "a": 20})).result().sampled_token_ids
+    assert asked == [("prompts", 64), ("prompt", 32)]
+    assert first == {name: alone[name][:1] for name in ("b", "c")}
+    assert second == {"a": alone["a"][:1], "b": alone["b"][1:2], "c": alone["c"][1:2]}
+    runner.execute(SchedulerOutput(finished_request_ids=list(prompts)))
 
 
 FORM = StructuredOutputsParams(regex="[0-9]{3} [a-z]{2}")
@@ -164,11 +192,9 @@ FORMED = SamplingParams(temperature=0.0, max_tokens=12, structured_outputs=FORM)
 DRAWN = SamplingParams(temperature=0.8, top_p=0.9, seed=5, max_tokens=5, ignore_eos=True)
 
 
-@pytest.mark.parametrize(
-    "newer,graphs", [([FORMED], 1), ([DRAWN, FORMED], 2), ([DRAWN, GREEDY, GREEDY], 0)], ids=["one", "two", "three"]
-)
-def test_prompts_beside_sequences_that_decode(llm, newer, graphs):
-    """Which are a part of their own: constrained ones, penalised ones, and those that end in this very step."""
+@pytest.mark.parametrize("newer,name", [([FORMED], "prompt"), ([DRAWN, GREEDY.clone(logprobs=2)], "prompts")])
+def test_prompts_beside_sequences_that_decode(llm, newer, name):
+    """Which are a batch of their own: constrained ones, penalised ones, and those that end in this very step."""
     older = [
         GREEDY.clone(max_tokens=9),
         FORMED,
@@ -195,7 +221,7 @@ def test_prompts_beside_sequences_that_decode(llm, newer, graphs):
         add(4, len(asks))
         step()
         step()
-        assert [name for name, _ in asked] == ["prompt"] * graphs
+        assert [name for name, _ in asked] == [name]
         while engine.has_unfinished_requests:
             step()
     assert [found[str(i)] for i in range(len(asks))] == alone
@@ -249,14 +275,14 @@ def test_after_a_preemption(llm, chunks):
 
 
 @contextmanager
-def poisoned_padding(runner):
+def poisoned_padding(runner, batch):
     """The network's input of padding is NaN, and with it all that layers make of it."""
     embedding = runner.model.embed_tokens
     embed = embedding.forward
 
     def forward(ids):
         hidden = embed(ids).clone()
-        hidden[int(runner.prompt._length) :] = NAN
+        hidden[int(batch._lengths.sum()) :] = NAN
         return hidden
 
     embedding.forward = forward
@@ -302,7 +328,11 @@ def test_poison_reaches_nobody(llm, prefill, chunks):
     variants = llm.llm_engine.set_gdn_variants
     variants(prefill=prefill)
     try:
-        with poisoned_pools(runner) as pools, static_prompts(runner, SIZES) as asked, poisoned_padding(runner):
+        with (
+            poisoned_pools(runner) as pools,
+            static_prompts(runner, SIZES) as asked,
+            poisoned_padding(runner, runner.prompt),
+        ):
             sampled, got = compute()
             assert asked == [("prompt", padded_size(SIZES, k)) for k in chunks]
             own = torch.zeros(pools["pages"][0].shape[:2], dtype=torch.bool)
@@ -330,8 +360,8 @@ def test_nobodys_prompt_leaves_everything_alone(llm):
         tables = [*runner.batch.tables, runner.batch.state_slot, runner.batch.block_table]
         kept = [*(pool[1:] for pool in (*pools["pages"], *pools["slots"])), *tables, runner.prompt._packed]
         before = [tensor.clone() for tensor in kept]
-        for size in SIZES:
-            with torch.inference_mode(), runner.prompt.nobodys(size):
-                runner._graph_prompt(size)
+        for size, batch in itertools.product(SIZES, (runner.prompt, runner.prompts)):
+            with torch.inference_mode(), batch.nobodys(size):
+                runner._graph_prompt(batch, size)
             assert all(torch.equal(a, b) for a, b in zip(kept, before))
     sequence.finish()

@@ -28,6 +28,23 @@ def test_warming_up_changes_no_answer(tiny_model, limits):
     assert [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)] == expected
 
 
+@pytest.mark.parametrize(
+    "limits,largest",
+    [
+        ({"max_num_batched_tokens": 100}, [100]),
+        ({"max_num_batched_tokens": 600}, [256, 256, 88]),
+        ({}, [256] * 8),
+    ],
+    ids=["a chunk", "a full step", "all sequences"],
+)
+def test_the_largest_step_has_all_tokens_that_a_step_may_have(tiny_model, monkeypatch, limits, largest):
+    """However short the model's sequences are: several prompts share a step."""
+    runner, steps = make(tiny_model, **limits).llm_engine.core.worker.runner, []
+    monkeypatch.setattr(runner, "execute", lambda s: steps.append(list(s.num_scheduled_tokens.values())))
+    run_largest_steps(runner)
+    assert [step for step in steps if step] == [largest, [1] * 8]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["FULL_DECODE_ONLY", "FULL"])
 def test_no_kernel_is_compiled_after_the_start(tiny_model, monkeypatch, mode):

@@ -1,13 +1,13 @@
 """One step on the device: build the batch, run the model, sample, and leave a promise of the results.
 
 Nothing here waits for the device, so a step can be queued while the one before it is computed. Sequences that compute one token each run
-on tensors that stay in place (`DecodeBatch`), on a GPU as two CUDA graphs: the network, and the choice of the tokens. So does a chunk of a
-prompt (`PromptBatch`), if it is not too long. A step that would take more than a few graphs is launched kernel by kernel, all of it together.
+on tensors that stay in place (`DecodeBatch`), on a GPU as two CUDA graphs: the network, and the choice of the tokens. So do chunks of prompts
+(`PromptBatch`), if they are not too long together. Other steps are launched kernel by kernel, all of it together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -34,11 +34,8 @@ from vllm.v1.worker.prompt_batch import PromptBatch
 
 MakeMasks = Callable[[], TokenMasks | None]
 
-MOST_PARTS = 3
-"""Parts that a step is computed in, one after the other: each reads the weights, and the host launches a whole step in the time of about
-four prompts' graphs (on an H200, 52 and 12 ms: four sequences and one in benchmarks/results/bench/ab_decode_35b_h200)."""
-MOST_PARTS_TOKENS = 2048
-"""Tokens of prompts up to which a step has parts: the GPU needs longer for more of them than the host does, and for parts longer still."""
+MOST_PROMPTS = 64
+"""Sequences whose chunks have room in one graph. Each leaves some programs of every kernel without work where it is not there."""
 
 
 class ModelRunner:
@@ -66,14 +63,17 @@ class ModelRunner:
         self.batch = InputBatch(max_num_seqs, max_pages, text.vocab_size, self.device)
         self.decode = DecodeBatch(self.batch, block_size, max_model_len)
         self._graph_sizes: tuple[int, ...] = ()
-        self._graphs_to_capture: list[tuple[list[int], list[int]]] = []  # sizes of prompts and of batches, at once
+        self._graphs_to_capture: list[tuple[DecodeBatch | PromptBatch, int]] = []
         compilation, dtype = self.config.compilation_config, self.config.model_config.dtype
         if self.device.type == "cuda" and compilation.decode_graphs:
             most = min(max_num_seqs, compilation.max_capture_size or max_num_seqs)
             self._graph_sizes = capture_sizes(most, compilation.capture_sizes)
             self.graphs = GraphCache(self.device)
-        self.prompt = PromptBatch(self.batch, block_size, max_model_len, self.config.prompt_sizes)
-        self._prompt_sizes: tuple[int, ...] = ()  # those in use: none before `capture_graphs`
+        # one prompt has graphs of its own, whose kernels need no room for others
+        sizes, most = self.config.prompt_sizes, min(MOST_PROMPTS, max_num_seqs)
+        self.prompt = PromptBatch(self.batch, block_size, max_model_len, sizes(1), 1)
+        self.prompts = PromptBatch(self.batch, block_size, max_model_len, sizes(most) if most > 1 else (), most)
+        self._prompts_in_graphs = False  # before `capture_graphs`
         # what the network's graph leaves for the sampler's
         self._hidden = torch.empty(max_num_seqs, text.hidden_size, dtype=getattr(torch, dtype), device=self.device)
         self._sampled = torch.empty(max_num_seqs, dtype=torch.int32, device=self.device)
@@ -82,7 +82,7 @@ class ModelRunner:
         """Give the pools' memory back, and the graphs captured over them."""
         unbind_caches(self.model)
         self.__dict__.pop("graphs", None)
-        del self.batch, self.decode, self.prompt
+        del self.batch, self.decode, self.prompt, self.prompts
 
     @torch.inference_mode()
     def execute(self, scheduled: SchedulerOutput, make_masks: MakeMasks | None = None) -> PendingOutput:
@@ -100,9 +100,8 @@ class ModelRunner:
         prompts = {
             request_id: n for request_id, n in scheduled.num_scheduled_tokens.items() if request_id not in decoding
         }
-        sizes = [self._prompt_size(sequences[request_id], n) for request_id, n in prompts.items()]
-        parts = bool(decoding) + len(prompts)
-        if None in sizes or (prompts and (parts > MOST_PARTS or sum(sizes) > MOST_PARTS_TOKENS)):
+        batch, size = self._prompt_batch([sequences[request_id] for request_id in prompts], list(prompts.values()))
+        if prompts and size is None:
             step = self.batch.build_step(scheduled)
             with self._graph_memory():
                 self._compute_chunks(step, output, make_masks)
@@ -110,8 +109,8 @@ class ModelRunner:
         masks = make_masks and cache(make_masks)
         if decoding:
             self._decode(tuple(decoding), list(decoding.values()), output, masks)
-        for (request_id, n), size in zip(prompts.items(), sizes, strict=True):
-            self._compute_prompt(request_id, sequences[request_id], n, size, output, masks)
+        if prompts:
+            self._compute_prompts(prompts, batch, size, output, masks)
         return output
 
     # Sequences of one token each
@@ -202,12 +201,14 @@ class ModelRunner:
 
         Returns how many sizes of prompts' chunks, and of batches, have them now.
         """
-        self._prompt_sizes = self.prompt.sizes
-        prompts, later_prompts = capture_order(self._prompt_sizes, EARLY_TOKENS)
+        self._prompts_in_graphs = True
+        prompts, later_prompts = capture_order(self.prompt.sizes, EARLY_TOKENS)
         batches, later_batches = capture_order(self._graph_sizes, EARLY)
-        self._graphs_to_capture = [([n], []) for n in later_prompts] + [([], [n]) for n in later_batches]
-        for graph in self._graphs_of(prompts, batches):
-            self._capture(*graph)
+        later = (self.prompt, later_prompts), (self.prompts, self.prompts.sizes), (self.decode, later_batches)
+        self._graphs_to_capture = _each_size(*later)
+        for batch, size in _each_size((self.prompt, prompts), (self.decode, batches)):
+            for key, run in self._graphs_of(batch, size):
+                self._capture(batch, key, run)
         return len(prompts), len(batches)
 
     @property
@@ -218,7 +219,8 @@ class ModelRunner:
     @torch.inference_mode()
     def capture_next_graphs(self) -> None:
         """Capture those of one such size, unless a step has wanted them already."""
-        for batch, key, run in self._graphs_of(*self._graphs_to_capture.pop(0)):
+        batch, size = self._graphs_to_capture.pop(0)
+        for key, run in self._graphs_of(batch, size):
             if key not in self.graphs:
                 self._capture(batch, key, run)
 
@@ -229,56 +231,71 @@ class ModelRunner:
         Args:
             largest_alone: of each kind, to see what room they need.
         """
-        prompts, batches = self.prompt.sizes[::-1], self._graph_sizes[::-1]
-        if largest_alone:
-            prompts, batches = prompts[:1], batches[:1]
-        for batch, key, run in self._graphs_of(prompts, batches):
-            with batch.nobodys(key[1]), self._graph_memory():
-                run()
+        order = slice(-1, None) if largest_alone else slice(None, None, -1)
+        kinds = (self.prompt, self.prompt.sizes), (self.prompts, self.prompts.sizes), (self.decode, self._graph_sizes)
+        for batch, size in _each_size(*((batch, sizes[order]) for batch, sizes in kinds)):
+            for _, run in self._graphs_of(batch, size):
+                with batch.nobodys(size), self._graph_memory():
+                    run()
 
-    def _graphs_of(
-        self, prompts: Iterable[int], batches: Iterable[int]
-    ) -> Iterator[tuple[DecodeBatch | PromptBatch, tuple, Callable[[], None]]]:
-        for size in prompts:
-            yield self.prompt, self._key("prompt", size), lambda size=size: self._graph_prompt(size)
-        for size in batches:
-            yield self.decode, self._key("forward", size), lambda size=size: self._graph_forward(size)
-            sample = ("sample", size, self.batch.sampling.plan)
-            yield self.decode, sample, lambda size=size: self._graph_sample(size)
+    def _graphs_of(self, batch: DecodeBatch | PromptBatch, size: int) -> list[tuple[tuple, Callable[[], None]]]:
+        """Their keys, and what each is captured of."""
+        if isinstance(batch, PromptBatch):
+            return [(self._prompt_key(batch, size), lambda: self._graph_prompt(batch, size))]
+        sample = ("sample", size, self.batch.sampling.plan)
+        return [
+            (self._key("forward", size), lambda: self._graph_forward(size)),
+            (sample, lambda: self._graph_sample(size)),
+        ]
 
-    # One chunk of one prompt
+    # Chunks of prompts that are not too long
 
-    def _prompt_size(self, sequence: Sequence, n: int) -> int | None:
-        """The size that a chunk of n tokens is padded to; None where kernels are launched one by one: for a long chunk, for a prompt whose
-        tokens are scored, and for variants that ask the device for lengths.
+    def _prompt_batch(self, sequences: list[Sequence], lengths: list[int]) -> tuple[PromptBatch, int | None]:
+        """Where chunks of these lengths go, and the size that they are padded to together; None where kernels are launched one by one: for
+        long chunks, for prompts whose tokens are scored, and for variants that ask the device for lengths.
         """
-        if sequence.sampling_params.prompt_logprobs is not None:
-            return None
-        if self.device.type == "cuda" and any(layer.variants.prefill == "torch" for layer in self._gdn_layers):
-            return None
-        return padded_size(self._prompt_sizes, n)
+        batch = self.prompt if len(lengths) == 1 else self.prompts
+        asks_device = self.device.type == "cuda" and any(
+            layer.variants.prefill == "torch" for layer in self._gdn_layers
+        )
+        scored = any(sequence.sampling_params.prompt_logprobs is not None for sequence in sequences)
+        if not self._prompts_in_graphs or asks_device or scored or len(lengths) > batch.most:
+            return batch, None
+        return batch, padded_size(batch.sizes, sum(lengths))
 
-    def _compute_prompt(
+    def _compute_prompts(
         self,
-        request_id: str,
-        sequence: Sequence,
-        n: int,
+        lengths: dict[str, int],
+        batch: PromptBatch,
         size: int,
         output: PendingOutput,
         make_masks: MakeMasks | None,
     ) -> None:
-        start, sequence.num_computed_tokens = sequence.num_computed_tokens, sequence.num_computed_tokens + n
-        ready = sequence.num_computed_tokens >= len(sequence.token_ids)
-        self.prompt.select(sequence.row, sequence.token_ids[start : start + n], ready)
-        self._replay(self.prompt, self._key("prompt", size), lambda: self._graph_prompt(size))
+        """Args: tokens of each request's chunk; what `_prompt_batch` says of them."""
+        chunks: dict[str, list[int]] = {}
+        for request_id, n in lengths.items():
+            sequence = self.batch.sequences[request_id]
+            start, sequence.num_computed_tokens = sequence.num_computed_tokens, sequence.num_computed_tokens + n
+            chunks[request_id] = sequence.token_ids[start : start + n]
+        is_ready = lambda sequence: sequence.num_computed_tokens >= len(sequence.token_ids)
+        # those whose next token is drawn come first, as the first rows of `_hidden`
+        order = sorted(chunks, key=lambda request_id: not is_ready(self.batch.sequences[request_id]))
+        sequences = [self.batch.sequences[request_id] for request_id in order]
+        ready = [sequence for sequence in sequences if is_ready(sequence)]
+        batch.select([sequence.row for sequence in sequences], [chunks[request_id] for request_id in order], len(ready))
+        self._replay(batch, self._prompt_key(batch, size), lambda: self._graph_prompt(batch, size))
         if ready:
-            # from here on it is a batch of one
-            batch_size = padded_size(self._graph_sizes, 1)
-            self.decode.select([sequence.row], batch_size or 1)
-            self._choose((request_id,), [sequence], self._hidden[:1], batch_size, output, make_masks)
+            # from here on they are a batch that decodes
+            n = len(ready)
+            batch_size = padded_size(self._graph_sizes, n)
+            self.decode.select([sequence.row for sequence in ready], batch_size or n)
+            self._choose(tuple(order[:n]), ready, self._hidden[:n], batch_size, output, make_masks)
 
-    def _graph_prompt(self, size: int) -> None:
-        self._hidden[:1].copy_(self.prompt.forward(self.model, size))
+    def _prompt_key(self, batch: PromptBatch, size: int) -> tuple:
+        return self._key("prompt" if batch is self.prompt else "prompts", size)
+
+    def _graph_prompt(self, batch: PromptBatch, size: int) -> None:
+        self._hidden[: batch.most].copy_(batch.forward(self.model, size))
 
     # Chunks of prompts with all else that there is
 
@@ -337,3 +354,9 @@ class ModelRunner:
         if not ours:
             return None
         return DeviceMasks(masks.words[ours], [place[masks.request_ids[i]] for i in ours], self.device)
+
+
+def _each_size(
+    *kinds: tuple[DecodeBatch | PromptBatch, Iterable[int]],
+) -> list[tuple[DecodeBatch | PromptBatch, int]]:
+    return [(batch, size) for batch, sizes in kinds for size in sizes]

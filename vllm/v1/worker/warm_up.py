@@ -17,11 +17,12 @@ _GREEDY = SamplingParams(temperature=0.0, max_tokens=2)
 
 
 def run_largest_steps(runner: ModelRunner) -> None:
-    """The steps that need most memory: one long prompt has the largest workspace of a layer, and as many sequences as may run have the
-    most logits to sample from.
+    """The steps that need most memory: as many tokens of prompts as a step may have, in the fewest chunks, have the largest workspace of a
+    layer, and as many sequences as may run have the most logits to sample from.
     """
-    limits = runner.config.scheduler_config
-    _run_prompts(runner, [runner.config.longest_chunk], _DRAWS)
+    limits, longest = runner.config.scheduler_config, runner.config.longest_chunk
+    whole, rest = divmod(limits.max_num_batched_tokens, longest)
+    _run_prompts(runner, ([longest] * whole + [rest] * (rest > 0))[: limits.max_num_seqs], _DRAWS)
     _run_prompts(runner, [1] * min(limits.max_num_seqs, limits.max_num_batched_tokens), _DRAWS)
 
 

@@ -7,7 +7,7 @@ from .fused_decode import fused_gdn_decode
 from .fused_recurrent import fused_recurrent_gated_delta_rule
 from .fused_sigmoid_gating import fused_sigmoid_gating_delta_rule_update
 from .gating import fused_gdn_gating
-from .index import CHUNK_SIZE, prepare_chunk_indices, prepare_chunk_offsets
+from .index import CHUNK_SIZE, padded_chunk_lists, prepare_chunk_indices, prepare_chunk_offsets
 from .l2norm import l2norm_fwd
 from .layernorm_guard import rmsnorm_fn, rmsnorm_gated
 from .naive import naive_chunk_gated_delta_rule, naive_recurrent_gated_delta_rule
@@ -25,6 +25,7 @@ __all__ = [
     "l2norm_fwd",
     "naive_chunk_gated_delta_rule",
     "naive_recurrent_gated_delta_rule",
+    "padded_chunk_lists",
     "prepare_chunk_indices",
     "prepare_chunk_offsets",
     "rmsnorm_fn",

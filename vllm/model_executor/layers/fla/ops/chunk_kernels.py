@@ -75,8 +75,11 @@ def chunk_prepare_kernel(
     n, c = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
     if (tl.load(slots + n) if HAS_SLOTS else 0) < 0:
         return
-    t = tl.load(starts + n).to(tl.int64) + c * BT + tl.arange(0, BT)
-    real = t < tl.load(starts + n + 1)
+    begin, end = tl.load(starts + n).to(tl.int64) + c * BT, tl.load(starts + n + 1)
+    if begin >= end:  # a list of chunks may be longer than there are
+        return
+    t = begin + tl.arange(0, BT)
+    real = t < end
     dk = tl.arange(0, BK)
     # [BT]
     G_t = tl.cumsum(tl.load(g + t * Hv + head, mask=real, other=0.0).to(tl.float32), axis=0)
@@ -215,8 +218,11 @@ def chunk_output_kernel(
     chunk, head = tl.program_id(0) // Hv, tl.program_id(0) % Hv
     key_head = head // (Hv // Hk)
     n, c = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
-    t = tl.load(starts + n).to(tl.int64) + c * BT + tl.arange(0, BT)
-    real = t < tl.load(starts + n + 1)
+    begin, end = tl.load(starts + n).to(tl.int64) + c * BT, tl.load(starts + n + 1)
+    if begin >= end:
+        return
+    t = begin + tl.arange(0, BT)
+    real = t < end
     dk, dv = tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
     in_k, in_v = real[:, None] & (dk < K)[None, :], real[:, None] & (dv < V)[None, :]
     at_o = o + t[:, None] * (Hv * V) + head * V + dv[None, :]

@@ -1,4 +1,4 @@
-"""Where chunks begin: host arithmetic that the prefill kernels receive as ready-made device tensors."""
+"""Where chunks begin: lists that the prefill kernels receive as ready-made device tensors."""
 
 from itertools import pairwise
 
@@ -44,3 +44,23 @@ def prepare_chunk_offsets(
     for count in chunk_counts(cu_seqlens, chunk_size):
         offsets.append(offsets[-1] + count)
     return to_device(offsets, torch.int32, device)
+
+
+def padded_chunk_lists(
+    lengths: torch.Tensor, size: int, chunk_size: int = CHUNK_SIZE
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both lists from lengths that only the device knows.
+
+    Args:
+        lengths: integers ``[N]``, ``N >= 1``, together at most ``size``.
+
+    Returns:
+        Those lists, the first as long as ``N`` sequences of ``size`` tokens together can need. Entries behind the last chunk name chunks past
+        the last sequence's end, which hold no token.
+    """
+    N = lengths.numel()
+    ends = ((lengths + chunk_size - 1) // chunk_size).cumsum(0)
+    offsets = torch.cat([torch.zeros_like(ends[:1]), ends])  # [N + 1]
+    chunk = torch.arange((size + N * (chunk_size - 1)) // chunk_size, device=lengths.device)
+    sequence = torch.searchsorted(ends, chunk, right=True).clamp(max=N - 1)
+    return torch.stack([sequence, chunk - offsets[sequence]], dim=1).int(), offsets.int()
