@@ -69,6 +69,8 @@ def main() -> int:
         runs.append({"num_seqs": n, "seconds": seconds, "tokens_per_second": n * args.output_len / seconds})
         print(f"{n:4d} sequences: {args.output_len} tokens each in {seconds:.2f} s")
 
+    while llm.llm_engine.core.can_prepare:  # what a server does when it has nothing to do
+        llm.llm_engine.core.prepare()
     sizes = llm.llm_engine.core.worker.sizes
     free, _ = torch.cuda.mem_get_info()
     pools = sizes.kv_bytes + sizes.state_bytes

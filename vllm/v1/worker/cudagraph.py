@@ -15,7 +15,7 @@ from vllm.utils.cuda_context import new_stream
 EARLY = 8
 """Batch sizes up to which graphs are captured at the start."""
 EARLY_TOKENS = 256
-"""Sizes of prompts' chunks up to which they are. Each takes two passes through the network of a start's time."""
+"""Sizes of a prompt's chunk up to which they are. Each takes two passes through the network of a start's time."""
 
 
 def capture_sizes(max_num_seqs: int, asked: tuple[int, ...] | None = None) -> tuple[int, ...]:
