@@ -285,13 +285,31 @@ def test_prompts_in_graphs_give_the_same_tokens(tiny_model, params, budget):
         assert tokens == texts["eager"], name
 
 
+def check_against_kernels(runner, compute, n) -> list[tuple]:
+    """`compute` leaves states and n sequences' hidden rows. A graph's, and logits, are those of its kernels launched one by one, and those of
+    the unpadded step but for rounding. Returns what graphs there were."""
+    with recorded_logits(runner) as logits:
+        runner._prompts_in_graphs = False
+        want = [*compute(), logits[-1].float()]
+        runner._prompts_in_graphs = True
+    found = []
+    for graphs in (True, False):
+        with contextlib.nullcontext() if graphs else static_prompts(runner, PROMPT_SIZES) as asked:
+            states = compute()
+        with torch.inference_mode():
+            found.append([*states, runner.model.compute_logits(runner._hidden[:n]).float()])
+    for graph, kernels, unpadded in zip(*found, want):
+        assert_close(graph, kernels, 1e-3, "graph and kernels")
+        assert_close(graph, unpadded, 4e-2, "graph and the step without padding")
+    return asked
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "chunks", [*([n + d] for n in PROMPT_SIZES for d in (-1, 0)), [1], [100, 30, 7], [64, 64, 1, 5]]
 )
 def test_a_graph_of_a_prompt_computes_what_its_kernels_do(prompt_llm, chunks):
-    """Among pages and slots of NaN: the graph's logits are those of its kernels launched one by one, and those of the unpadded step but
-    for rounding."""
+    """Among pages and slots of NaN."""
     runner, n = runner_of(prompt_llm), sum(chunks)
     rng = random.Random(n)
     token_ids, pages = [rng.randrange(5, 800) for _ in range(n)], rng.sample(range(1, 140), -(-n // 16))
@@ -312,26 +330,13 @@ def test_a_graph_of_a_prompt_computes_what_its_kernels_do(prompt_llm, chunks):
             assert all(pool[untouched].isnan().all() for pool in pools["pages"])
         return states
 
-    with recorded_logits(runner) as logits:
-        runner._prompts_in_graphs = False
-        want = [*compute(), logits[-1].float()]
-        runner._prompts_in_graphs = True
-    found = []
-    for graphs in (True, False):
-        with contextlib.nullcontext() if graphs else static_prompts(runner, PROMPT_SIZES):
-            states = compute()
-        with torch.inference_mode():
-            found.append([*states, runner.model.compute_logits(runner._hidden[:1]).float()])
-    for graph, kernels, unpadded in zip(*found, want):
-        assert_close(graph, kernels, 1e-3, "graph and kernels")
-        assert_close(graph, unpadded, 4e-2, "graph and the step without padding")
+    check_against_kernels(runner, compute, 1)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[3, 60], [100, 1, 30, 64], [600, 440, 7], [513, 500, 400, 600]], ids=str)
 def test_a_graph_of_several_prompts_computes_what_its_kernels_do(prompt_llm, lengths):
-    """Among pages and slots of NaN: the graph's states and logits are those of its kernels launched one by one, and those of the step of
-    exactly these tokens but for rounding."""
+    """Among pages and slots of NaN."""
     runner, n = runner_of(prompt_llm), len(lengths)
     rng = random.Random(sum(lengths))
     spare = rng.sample(range(1, 144), 143)
@@ -354,20 +359,8 @@ def test_a_graph_of_several_prompts_computes_what_its_kernels_do(prompt_llm, len
             assert all(pool[spare].isnan().all() for pool in pools["pages"])
             return [pool[slots].float() for pool in pools["slots"]]
 
-    with recorded_logits(runner) as logits:
-        runner._prompts_in_graphs = False
-        want = [*compute(), logits[-1].float()]
-        runner._prompts_in_graphs = True
-    found = []
-    for graphs in (True, False):
-        with contextlib.nullcontext() if graphs else static_prompts(runner, PROMPT_SIZES) as asked:
-            states = compute()
-        with torch.inference_mode():
-            found.append([*states, runner.model.compute_logits(runner._hidden[:n]).float()])
+    asked = check_against_kernels(runner, compute, n)
     assert asked == [("prompts", padded_size(PROMPT_SIZES, sum(lengths))), ("sample", n)]
-    for graph, kernels, unpadded in zip(*found, want):
-        assert_close(graph, kernels, 1e-3, "graph and kernels")
-        assert_close(graph, unpadded, 4e-2, "graph and the step without padding")
 
 
 @pytest.fixture(scope="module")

@@ -121,6 +121,18 @@ def test_text_that_must_have_a_form(llm):
     assert both_ways(llm, [tokens(20)], params) == [("prompt", 32)]
 
 
+def test_texts_that_must_have_a_form_beside_others(llm):
+    """Each has the mask of its own row, whether its grammar is there in time for the first step or not."""
+    choice = StructuredOutputsParams(choice=["north", "south"])
+    params = [FORMED, GREEDY, FORMED.clone(structured_outputs=choice), GREEDY]
+    prompts = [tokens(20 + i, i) for i in range(4)]
+    alone = [llm.generate([p], one, use_tqdm=False)[0].outputs[0].token_ids for p, one in zip(prompts, params)]
+    with static_prompts(runner_of(llm), SIZES) as asked:
+        together = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+    assert together == alone
+    assert "prompts" in {name for name, _ in asked}
+
+
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_sequences_that_come_and_go_with_steps_ahead_of_their_results(tiny_model, at_once):
     """Few pages, so that of three some are sent back and computed again."""
